@@ -1,0 +1,46 @@
+// Chooses the instruction set at run time: one binary serves every CPU.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace d3net::cpu {
+namespace {
+
+const Kernels* find(const char* name) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && (!name || !std::strcmp(name, "avx512"))) return &avx512_kernels();
+  if (avx2 && (!name || !std::strcmp(name, "avx2"))) return &avx2_kernels();
+#endif
+  if (!name || !std::strcmp(name, "portable")) return &portable_kernels();
+  return nullptr;
+}
+
+const Kernels* at_start() {
+  const Kernels* asked = nullptr;
+  if (const char* name = std::getenv("D3NET_KERNELS_ISA")) asked = find(name);
+  return asked ? asked : find(nullptr);
+}
+
+std::atomic<const Kernels*>& in_force() {
+  static std::atomic<const Kernels*> kernels{at_start()};
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *in_force().load(std::memory_order_relaxed); }
+
+bool force_isa(const char* name) {
+  const Kernels* asked = find(name);
+  if (asked) in_force().store(asked, std::memory_order_relaxed);
+  return asked != nullptr;
+}
+
+}  // namespace d3net::cpu

@@ -1,0 +1,34 @@
+// What one instruction set offers; dispatch.cpp picks among them at run time.
+#pragma once
+
+#include "../multidilated_conv.h"
+
+namespace d3net::cpu {
+
+/// bias, scale and shift hold the accumulation type; outputs are dense, NCHW or channels_last.
+struct Kernels {
+  const char* isa;
+
+  void (*forward)(const Problem&, const void* bias, const View& out);
+
+  /// grad_inputs[i].data null: not wanted. psi_sums, if not null, receives [sum C_i][2]:
+  /// the gradients to scale and shift, for which every source's data gradient is computed.
+  void (*backward_data)(const Problem&, const View& gradient, const View* grad_inputs,
+                        double* psi_sums);
+
+  void (*backward_weight)(const Problem&, const View& gradient, void* weight, void* bias);
+};
+
+const Kernels& portable_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+/// The kernels in force: the widest this CPU runs unless force_isa or D3NET_KERNELS_ISA said else.
+const Kernels& kernels();
+
+/// Switches to the named instruction set; false if unknown or not on this CPU.
+bool force_isa(const char* name);
+
+}  // namespace d3net::cpu

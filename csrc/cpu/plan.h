@@ -1,0 +1,189 @@
+// How a convolution is cut into tiles: pure functions of its shape, never of the number of threads
+// (which is why the result has the same bits for any number of them).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace d3net::cpu {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+/// Consecutive taps along one axis that reach inside the map.
+struct LiveTaps {
+  int64_t first, count;
+};
+
+/// The taps that reach inside [0, size) from some position in [begin, begin + count), itself inside.
+constexpr LiveTaps live_taps(int64_t begin, int64_t count, int64_t size, int64_t kernel,
+                             int64_t dilation) {
+  const int64_t centre = kernel / 2;
+  const int64_t first = std::max<int64_t>(0, centre - (begin + count - 1) / dilation);
+  const int64_t last = std::min(kernel - 1, centre + (size - 1 - begin) / dilation);
+  return {first, last - first + 1};
+}
+
+/// What the plan needs to know of an instruction set.
+struct Machine {
+  int lanes;      // elements of the accumulation type in one vector
+  int registers;  // vector registers
+};
+
+constexpr int kMaxOutBlock = 13;    // output channels of a microkernel
+constexpr int kMaxPixelVectors = 4;  // pixel vectors of a microkernel
+
+/// Accumulators, one row of pixels and one broadcast weight have to fit the register file.
+constexpr bool fits(int out_block, int pixel_vectors, int registers) {
+  return out_block * pixel_vectors + pixel_vectors + 1 <= registers;
+}
+
+/// Outputs x pixel vectors that one microkernel keeps in registers.
+struct Blocking {
+  int64_t out_block = 1;
+  int64_t pixel_vectors = 1;
+};
+
+/// Cycles of one (channel, tap) step of a microkernel: two FMA and two 64-byte load ports; a pixel
+/// load counts twice because a tap's shift makes it cross cache lines.
+constexpr double step_cost(int64_t out_block, int64_t pixel_vectors) {
+  return std::max(0.5 * static_cast<double>(out_block * pixel_vectors),
+                  0.5 * static_cast<double>(out_block + 2 * pixel_vectors)) +
+         0.5;
+}
+
+/// The microkernel shape with the least modelled work on rows of `vectors` pixel vectors.
+inline Blocking choose_blocking(int64_t out_channels, int64_t vectors, Machine machine) {
+  Blocking best;
+  double best_cost = 0;
+  for (int64_t pv = 1; pv <= kMaxPixelVectors; ++pv) {
+    int64_t widest = kMaxOutBlock;
+    while (widest > 0 && !fits(static_cast<int>(widest), static_cast<int>(pv), machine.registers))
+      --widest;
+    if (widest == 0) break;
+    const int64_t blocks = ceil_div(out_channels, widest);
+    const int64_t kb = ceil_div(out_channels, blocks);
+    const int64_t last = out_channels - (blocks - 1) * kb;
+    auto row_cost = [&](int64_t outs) {
+      const double tail = vectors % pv ? step_cost(outs, vectors % pv) : 0.0;
+      return static_cast<double>(vectors / pv) * step_cost(outs, pv) + tail;
+    };
+    const double cost = static_cast<double>(blocks - 1) * row_cost(kb) + row_cost(last);
+    if (best_cost == 0 || cost < best_cost) {
+      best_cost = cost;
+      best = {kb, pv};
+    }
+  }
+  return best;
+}
+
+/// One task computes `out_group` output channels of rows x cols pixels of one image.
+struct Tiling {
+  int64_t rows = 1, cols = 1;  // cols: a multiple of the lanes, may pass the map's edge
+  int64_t out_group = 1;
+  int64_t bands = 0, strips = 0, out_groups = 0;
+  Blocking blocking;
+
+  int64_t tiles() const { return bands * strips; }
+};
+
+constexpr int64_t kAccumulatorBytes = 192 << 10;  // accumulators of a tile: part of L2
+constexpr int64_t kStagingBytes = 256 << 10;      // staged rows of a chunk of channels: part of L2
+constexpr int64_t kMaxTileVectors = 32;
+constexpr int64_t kMaxOutGroup = 64;
+constexpr int64_t kWantedTasks = 16;  // enough to share among the cores of a desktop
+
+inline Tiling choose_tiling(int64_t batch, int64_t height, int64_t width, int64_t out_channels,
+                            int64_t element_bytes, Machine machine) {
+  Tiling t;
+  const int64_t row_vectors = std::max<int64_t>(1, ceil_div(width, machine.lanes));
+  t.strips = ceil_div(row_vectors, kMaxTileVectors);
+  int64_t vectors = ceil_div(row_vectors, t.strips);
+  t.blocking = choose_blocking(out_channels, vectors, machine);
+  if (t.strips > 1) {
+    vectors = round_up(vectors, t.blocking.pixel_vectors);
+    t.strips = ceil_div(row_vectors, vectors);
+  }
+  t.cols = vectors * machine.lanes;
+
+  t.out_groups = ceil_div(out_channels, kMaxOutGroup);
+  t.out_group = round_up(ceil_div(out_channels, t.out_groups), t.blocking.out_block);
+  t.out_groups = ceil_div(out_channels, t.out_group);
+
+  t.rows = std::clamp<int64_t>(height, 1, 8);
+  auto too_large = [&] {
+    const bool spills = t.out_group * t.rows * t.cols * element_bytes > kAccumulatorBytes;
+    const int64_t tasks = batch * ceil_div(height, t.rows) * t.strips * t.out_groups;
+    return spills || tasks < kWantedTasks;
+  };
+  while (t.rows > 1 && too_large()) t.rows = ceil_div(t.rows, 2);
+  t.bands = ceil_div(height, t.rows);
+  return t;
+}
+
+constexpr int64_t kGradientBytes = 4096;         // of one channel: a block of them stays in L1
+constexpr int64_t kPartialBytes = 8 << 20;       // all partial weight gradients together
+constexpr int64_t kFewestParts = 4, kMostParts = 16;
+
+/// The weight gradient: pixels are cut into tiles, tiles dealt to `parts` partial sums that are
+/// added in order at the end; a task owns one part and `out_group` output channels.
+struct ReductionTiling {
+  Tiling tiling;
+  int64_t parts = 1;
+};
+
+inline ReductionTiling choose_reduction_tiling(int64_t batch, int64_t height, int64_t width,
+                                               int64_t out_channels, int64_t out_block,
+                                               int64_t weights, int64_t element_bytes,
+                                               Machine machine) {
+  ReductionTiling plan;
+  Tiling& t = plan.tiling;
+  const int64_t row_vectors = ceil_div(width, machine.lanes);
+  t.strips = ceil_div(row_vectors, kMaxTileVectors);
+  t.cols = ceil_div(row_vectors, t.strips) * machine.lanes;
+  t.strips = ceil_div(width, t.cols);
+  t.rows = std::clamp<int64_t>(kGradientBytes / (t.cols * element_bytes), 1, height);
+  t.bands = ceil_div(height, t.rows);
+  const int64_t blocks = ceil_div(out_channels, out_block);
+  t.blocking.out_block = ceil_div(out_channels, blocks);
+  t.out_groups = ceil_div(blocks, 3);
+  t.out_group = ceil_div(blocks, t.out_groups) * t.blocking.out_block;
+  t.out_groups = ceil_div(out_channels, t.out_group);
+  plan.parts = std::clamp(kPartialBytes / (weights * element_bytes), kFewestParts, kMostParts);
+  plan.parts = std::min(plan.parts, batch * t.tiles());
+  return plan;
+}
+
+/// Where the rows that a tile reads of one source stand in the staging buffer.
+///
+/// Each staged channel has `slots` rows of `pitch` elements; output row r of the tile reads, at
+/// vertical tap j, slot r + j * tap_rows. When the dilation is at most the tile's height the taps
+/// share rows (tap_rows = dilation), otherwise every tap has rows of its own (tap_rows = rows).
+/// Column x of the map stands at lead + x - first_column, so a horizontal tap is a shift.
+struct Window {
+  int64_t slots, tap_rows;
+  int64_t reach;  // columns staged on either side: the largest shift that meets the map
+  int64_t lead, pitch, channel_stride;
+  int64_t chunk;  // channels staged together
+};
+
+inline Window choose_window(int64_t channels, int64_t kernel_h, int64_t kernel_w,
+                            int64_t dilation_h, int64_t dilation_w, int64_t width,
+                            const Tiling& tiling, int64_t element_bytes, Machine machine) {
+  Window w;
+  w.tap_rows = std::min(dilation_h, tiling.rows);
+  w.slots = tiling.rows + (kernel_h - 1) * w.tap_rows;
+  const int64_t live_shifts = width > 0 ? (width - 1) / dilation_w : 0;
+  w.reach = std::min(kernel_w / 2, live_shifts) * dilation_w;
+  w.lead = round_up(w.reach, machine.lanes);
+  w.pitch = round_up(w.lead + tiling.cols + w.reach, machine.lanes) + machine.lanes;
+  // An odd number of cache lines between channels: their rows never fall on one cache set.
+  const int64_t line = 64 / element_bytes;
+  w.channel_stride = (ceil_div(w.slots * w.pitch, line) | 1) * line;
+  const int64_t most =
+      std::clamp<int64_t>(kStagingBytes / (w.channel_stride * element_bytes), 4, 64);
+  w.chunk = ceil_div(channels, ceil_div(channels, most));
+  return w;
+}
+
+}  // namespace d3net::cpu

@@ -1,0 +1,251 @@
+// A small vector layer on the compiler's vector extensions: one source for AVX-512, AVX2 and
+// 128-bit (SSE2, NEON) code. Each instruction set includes it in a namespace of its own
+// (D3NET_ISA), so that no two translation units ever share a function compiled for different CPUs.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define D3NET_INLINE __attribute__((always_inline)) inline
+
+namespace d3net::cpu::D3NET_ISA {
+
+constexpr int kVectorBytes = D3NET_VECTOR_BYTES;
+constexpr int kVectorRegisters = D3NET_VECTOR_REGISTERS;
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class A>
+struct VecTraits;
+template <>
+struct VecTraits<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VecTraits<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename VecTraits<A>::type;
+template <class A>
+using Mask = typename VecTraits<A>::mask;
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+/// f(integral_constant<int, 0>) ... f(integral_constant<int, n - 1>), unrolled for certain:
+/// accumulators indexed by these constants stay in registers.
+template <int n, class F>
+D3NET_INLINE constexpr void unroll(F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, n>{});
+}
+
+template <class A>
+D3NET_INLINE Vec<A> broadcast(A value) {
+  return value - Vec<A>{};  // scalar operands are broadcast; x - 0 keeps -0 and NaN
+}
+
+/// True in the lanes below n.
+template <class A>
+D3NET_INLINE Mask<A> first_lanes(int64_t n) {
+  using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  Mask<A> lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane < static_cast<Lane>(n);
+}
+
+// ---- memory: T is the stored type, A the accumulation type -------------------------------------
+
+template <class A>
+D3NET_INLINE Vec<A> load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class A>
+D3NET_INLINE void store(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+
+D3NET_INLINE Bits16 load_bits(const void* p) {
+  Bits16 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A>
+D3NET_INLINE Vec<float> load(const bfloat16* p) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(load_bits(p), Bits32) << 16);
+}
+
+template <class A>
+D3NET_INLINE void store(bfloat16* p, Vec<float> v) {
+  const Bits32 u = reinterpret_cast<Bits32>(v);
+  const Bits32 nearest_even = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const Bits32 quiet_nan = (u >> 16) | 0x40;
+  const Bits16 out =
+      __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? quiet_nan : nearest_even, Bits16);
+  std::memcpy(p, &out, sizeof out);
+}
+
+#if D3NET_VECTOR_BYTES == 64
+template <class A>
+D3NET_INLINE Vec<float> load(const float16* p) {
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+}
+template <class A>
+D3NET_INLINE void store(float16* p, Vec<float> v) {
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif D3NET_VECTOR_BYTES == 32
+template <class A>
+D3NET_INLINE Vec<float> load(const float16* p) {
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+template <class A>
+D3NET_INLINE void store(float16* p, Vec<float> v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Integer arithmetic only: right on any CPU and with denormals flushed or not.
+template <class A>
+D3NET_INLINE Vec<float> load(const float16* p) {
+  const Bits32 h = __builtin_convertvector(load_bits(p), Bits32);
+  const Bits32 sign = (h & 0x8000) << 16, magnitude = h & 0x7fff;
+  const Bits32 normal = (magnitude << 13) + (112u << 23);
+  const Bits32 inf_nan = (magnitude << 13) | 0x7f800000;
+  // A subnormal is magnitude * 2^-24: let the integer conversion normalise it.
+  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+  const Vec<float> small =
+      __builtin_convertvector(reinterpret_cast<Ints>(magnitude), Vec<float>) * 0x1p-24f;
+  const Bits32 finite = magnitude < 0x400 ? reinterpret_cast<Bits32>(small) : normal;
+  return reinterpret_cast<Vec<float>>((magnitude >= 0x7c00 ? inf_nan : finite) | sign);
+}
+D3NET_INLINE uint16_t to_half(uint32_t u) {
+  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000);
+  const uint32_t magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000) return sign | 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds to at least 65520: infinity
+  if (magnitude < 0x33000001) return sign;            // at most half the smallest subnormal
+  const int exponent = static_cast<int>(magnitude >> 23);
+  const int shift = exponent < 113 ? 126 - exponent : 13;  // bits dropped from the significand
+  const uint32_t significand =
+      exponent < 113 ? (magnitude & 0x7fffff) | 0x800000 : magnitude - (112u << 23);
+  const uint32_t odd = (significand >> shift) & 1;
+  return sign | static_cast<uint16_t>((significand + (1u << (shift - 1)) - 1 + odd) >> shift);
+}
+template <class A>
+D3NET_INLINE void store(float16* p, Vec<float> v) {
+  const Bits32 u = reinterpret_cast<Bits32>(v);
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = to_half(u[i]);
+}
+#endif
+
+/// The first n lanes from memory, zeros above; touches nothing beyond n elements.
+template <class A, class T>
+D3NET_INLINE Vec<A> load_first(const T* p, int64_t n) {
+  T buffer[kLanes<A>] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  return load<A>(buffer);
+}
+template <class A, class T>
+D3NET_INLINE void store_first(T* p, Vec<A> v, int64_t n) {
+  T buffer[kLanes<A>];
+  store<A>(buffer, v);
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+template <class A, class T>
+D3NET_INLINE A load_one(const T* p) {
+  return load_first<A>(p, 1)[0];
+}
+template <class A, class T>
+D3NET_INLINE void store_one(T* p, A value) {
+  store_first<A>(p, broadcast(value), 1);
+}
+
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+/// a * b + c; every ISA file sets -ffp-contract=fast, so this is one instruction where there is one.
+template <class V>
+D3NET_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+
+/// NaN passes, as in torch.relu.
+template <class V>
+D3NET_INLINE V relu(V v) {
+  return v <= 0 ? V{} : v;
+}
+
+/// Lane l of the result is lane Index::of(l) of the 2 * lanes values (a, b).
+template <class Index, class V>
+D3NET_INLINE V shuffle(V a, V b) {
+  return [&]<int... l>(std::integer_sequence<int, l...>) __attribute__((always_inline)) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, Index::of(l)...);
+#else
+    return __builtin_shuffle(a, b, decltype(a < b){Index::of(l)...});
+#endif
+  }(std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
+}
+
+template <int distance>
+struct Swap {
+  static constexpr int of(int lane) { return lane ^ distance; }
+};
+
+/// Sum of all lanes, by halves.
+template <class A>
+D3NET_INLINE A sum_lanes(Vec<A> v) {
+  constexpr int n = kLanes<A>;
+  if constexpr (n >= 16) v += shuffle<Swap<8>>(v, v);
+  if constexpr (n >= 8) v += shuffle<Swap<4>>(v, v);
+  if constexpr (n >= 4) v += shuffle<Swap<2>>(v, v);
+  return v[0] + v[1];
+}
+
+/// The two rows of a 2x2 transpose whose elements are runs of `run` lanes.
+template <int lanes, int run>
+struct UpperRow {
+  static constexpr int of(int lane) { return lane & run ? lanes + lane - run : lane; }
+};
+template <int lanes, int run>
+struct LowerRow {
+  static constexpr int of(int lane) { return lane & run ? lanes + lane : lane + run; }
+};
+
+/// In-register transpose of a kLanes x kLanes block, by 2x2 blocks of growing size.
+template <class A>
+D3NET_INLINE void transpose(Vec<A> (&r)[kLanes<A>]) {
+  constexpr int n = kLanes<A>;
+  constexpr int steps = n == 16 ? 4 : n == 8 ? 3 : n == 4 ? 2 : 1;
+  unroll<steps>([&](auto step) __attribute__((always_inline)) {
+    constexpr int s = 1 << step;
+    unroll<n / 2>([&](auto pair) __attribute__((always_inline)) {
+      constexpr int i = (pair / s) * 2 * s + pair % s;
+      const Vec<A> a = r[i], b = r[i + s];
+      r[i] = shuffle<UpperRow<n, s>>(a, b);
+      r[i + s] = shuffle<LowerRow<n, s>>(a, b);
+    });
+  });
+}
+
+}  // namespace d3net::cpu::D3NET_ISA

@@ -1,0 +1,229 @@
+// Between tensors of any layout and dtype and the planar, zero-padded tiles of the microkernels.
+#pragma once
+
+#include <limits>
+
+#include "../multidilated_conv.h"
+#include "plan.h"
+#include "simd.h"
+
+namespace d3net::cpu::D3NET_ISA {
+
+/// The type that sums of T are kept in.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+/// psi of a run of channels, in the form y = max(x * scale + shift, floor): without an affine part
+/// scale is 1 and shift 0, without ReLU floor is -inf. NaN passes.
+template <class A>
+struct Activation {
+  const A* scale = nullptr;  // null: 1 and 0
+  const A* shift = nullptr;
+  bool relu = false;
+
+  Activation from_channel(int64_t c) const {
+    return scale ? Activation{scale + c, shift + c, relu} : *this;
+  }
+  A floor() const { return relu ? A{0} : -std::numeric_limits<A>::infinity(); }
+};
+
+template <class A>
+D3NET_INLINE Vec<A> activate(Vec<A> x, Vec<A> scale, Vec<A> shift, Vec<A> floor) {
+  const Vec<A> y = fma(x, scale, shift);
+  return y < floor ? floor : y;
+}
+
+/// The part of a map that one task writes.
+struct Tile {
+  int64_t image, row, rows, col, cols;  // rows and cols inside the map
+};
+
+inline Tile tile_at(int64_t index, const Tiling& tiling, int64_t height, int64_t width) {
+  const int64_t image = index / tiling.tiles(), in_image = index % tiling.tiles();
+  const int64_t row = in_image / tiling.strips * tiling.rows;
+  const int64_t col = in_image % tiling.strips * tiling.cols;
+  return {image, row, std::min(tiling.rows, height - row), col,
+          std::min(tiling.cols, width - col)};
+}
+
+template <class A>
+D3NET_INLINE void fill_zero(A* begin, A* end) {
+  if (begin < end) std::memset(begin, 0, static_cast<size_t>(end - begin) * sizeof(A));
+}
+
+/// Where one slot's row lies: in the map (null if outside), and in the buffer.
+template <class A, class T>
+struct RowCopy {
+  const T* from;   // channel 0, first column to copy
+  A* to;           // channel 0, same column
+  A *left, *right;  // the slot's zero-filled ends
+};
+
+/// Stages `channels` channels of x for a tile: slots as `window` lays them out, psi applied, zeros
+/// outside the map. Slots of rows outside the map are left alone: no live tap reads them.
+template <class T>
+class Stager {
+  using A = Accumulator<T>;
+  static constexpr int kN = kLanes<A>;
+
+ public:
+  Stager(const View& x, int64_t height, int64_t width, int64_t dilation_h, int64_t kernel_h,
+         const Tiling& tiling, const Window& window)
+      : x_(x), height_(height), width_(width), dilation_h_(dilation_h), kernel_h_(kernel_h),
+        tiling_(tiling), window_(window) {}
+
+  void stage(const Tile& tile, int64_t channel, int64_t channels, Activation<A> psi,
+             A* out) const {
+    const int64_t first = std::max<int64_t>(0, tile.col - window_.reach);
+    const int64_t last = std::min(width_, tile.col + tiling_.cols + window_.reach);
+    const T* image = static_cast<const T*>(x_.data) + tile.image * x_.stride_n +
+                     channel * x_.stride_c + first * x_.stride_w;
+    for (int64_t slot = 0; slot < window_.slots; ++slot) {
+      const int64_t y = row_of(slot, tile);
+      if (y < 0 || y >= height_) continue;
+      A* row = out + slot * window_.pitch + window_.lead;
+      const RowCopy<A, T> copy{image + y * x_.stride_h, row + (first - tile.col),
+                               row - window_.reach, row + tiling_.cols + window_.reach};
+      if (x_.stride_w == 1 || width_ == 1)
+        copy_planar(copy, channels, last - first, psi);
+      else if (x_.stride_c == 1)
+        copy_interleaved(copy, channels, last - first, psi);
+      else
+        copy_strided(copy, channels, last - first, psi);
+    }
+  }
+
+ private:
+  int64_t row_of(int64_t slot, const Tile& tile) const {
+    const int64_t above = kernel_h_ / 2 * dilation_h_;
+    if (window_.tap_rows == dilation_h_) return tile.row - above + slot;
+    const int64_t tap = slot / window_.tap_rows, r = slot % window_.tap_rows;
+    return r < tile.rows ? tile.row - above + tap * dilation_h_ + r : -1;
+  }
+
+  void zero_ends(const RowCopy<A, T>& copy, int64_t channel, int64_t count) const {
+    const int64_t offset = channel * window_.channel_stride;
+    fill_zero(copy.left + offset, copy.to + offset);
+    fill_zero(copy.to + offset + count, copy.right + offset);
+  }
+
+  void copy_planar(const RowCopy<A, T>& copy, int64_t channels, int64_t count,
+                   Activation<A> psi) const {
+    const Vec<A> floor = broadcast(psi.floor());
+    for (int64_t c = 0; c < channels; ++c) {
+      const Vec<A> scale = broadcast(psi.scale ? psi.scale[c] : A{1});
+      const Vec<A> shift = broadcast(psi.scale ? psi.shift[c] : A{0});
+      const T* from = copy.from + c * x_.stride_c;
+      A* to = copy.to + c * window_.channel_stride;
+      int64_t i = 0;
+      for (; i + kN <= count; i += kN)
+        store(to + i, activate<A>(load<A>(from + i), scale, shift, floor));
+      if (i < count)
+        store(to + i, activate<A>(load_first<A>(from + i, count - i), scale, shift, floor));
+      zero_ends(copy, c, count);
+    }
+  }
+
+  /// Channels adjacent in memory: lanes are channels until a register transpose makes them pixels.
+  void copy_interleaved(const RowCopy<A, T>& copy, int64_t channels, int64_t count,
+                        Activation<A> psi) const {
+    const Vec<A> floor = broadcast(psi.floor());
+    for (int64_t c = 0; c < channels; c += kN) {
+      const int64_t n = std::min<int64_t>(kN, channels - c);
+      const Vec<A> scale = psi.scale ? load_first<A>(psi.scale + c, n) : broadcast(A{1});
+      const Vec<A> shift = psi.scale ? load_first<A>(psi.shift + c, n) : Vec<A>{};
+      A* to = copy.to + c * window_.channel_stride;
+      for (int64_t i = 0; i < count; i += kN) {
+        Vec<A> block[kN] = {};
+        const int64_t pixels = std::min<int64_t>(kN, count - i);
+        const T* from = copy.from + i * x_.stride_w + c;
+        if (n == kN && pixels == kN) {
+          unroll<kN>([&](auto p) __attribute__((always_inline)) {
+            block[p] = activate<A>(load<A>(from + p * x_.stride_w), scale, shift, floor);
+          });
+        } else {
+          for (int64_t p = 0; p < pixels; ++p)
+            block[p] = activate<A>(load_first<A>(from + p * x_.stride_w, n), scale, shift, floor);
+        }
+        transpose<A>(block);
+        for (int64_t k = 0; k < n; ++k) store(to + k * window_.channel_stride + i, block[k]);
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) zero_ends(copy, c, count);
+  }
+
+  void copy_strided(const RowCopy<A, T>& copy, int64_t channels, int64_t count,
+                    Activation<A> psi) const {
+    const Vec<A> floor = broadcast(psi.floor());
+    for (int64_t c = 0; c < channels; ++c) {
+      const Vec<A> scale = broadcast(psi.scale ? psi.scale[c] : A{1});
+      const Vec<A> shift = broadcast(psi.scale ? psi.shift[c] : A{0});
+      for (int64_t i = 0; i < count; ++i) {
+        const A value = load_one<A>(copy.from + c * x_.stride_c + i * x_.stride_w);
+        copy.to[c * window_.channel_stride + i] =
+            activate<A>(broadcast(value), scale, shift, floor)[0];
+      }
+      zero_ends(copy, c, count);
+    }
+  }
+
+  View x_;
+  int64_t height_, width_, dilation_h_, kernel_h_;
+  const Tiling& tiling_;
+  const Window& window_;
+};
+
+/// Writes planar rows acc[channel][row][col] of a tile to a tensor, adding bias if there is one.
+template <class T>
+void write_tile(const View& out, const Tile& tile, int64_t channel, int64_t channels,
+                const Accumulator<T>* acc, int64_t acc_plane, int64_t acc_row,
+                const Accumulator<T>* bias) {
+  using A = Accumulator<T>;
+  constexpr int n = kLanes<A>;
+  auto bias_of = [&](int64_t c) __attribute__((always_inline)) {
+    return bias ? bias[channel + c] : A{0};
+  };
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    T* row = static_cast<T*>(out.data) + tile.image * out.stride_n + channel * out.stride_c +
+             (tile.row + r) * out.stride_h + tile.col * out.stride_w;
+    const A* acc_r = acc + r * acc_row;
+    if (out.stride_w == 1) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const Vec<A> b = broadcast(bias_of(c));
+        T* to = row + c * out.stride_c;
+        const A* from = acc_r + c * acc_plane;
+        int64_t i = 0;
+        for (; i + n <= tile.cols; i += n) store<A>(to + i, load(from + i) + b);
+        if (i < tile.cols) store_first<A>(to + i, load(from + i) + b, tile.cols - i);
+      }
+    } else {  // dense outputs are NCHW or channels_last: stride_c == 1
+      for (int64_t c = 0; c < channels; c += n) {
+        const int64_t outs = std::min<int64_t>(n, channels - c);
+        for (int64_t i = 0; i < tile.cols; i += n) {
+          Vec<A> block[n] = {};
+          for (int64_t k = 0; k < outs; ++k)
+            block[k] = load(acc_r + (c + k) * acc_plane + i) + broadcast(bias_of(c + k));
+          transpose<A>(block);
+          const int64_t pixels = std::min<int64_t>(n, tile.cols - i);
+          for (int64_t p = 0; p < pixels; ++p) {
+            T* to = row + (i + p) * out.stride_w + c;
+            if (outs == n)
+              store<A>(to, block[p]);
+            else
+              store_first<A>(to, block[p], outs);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace d3net::cpu::D3NET_ISA

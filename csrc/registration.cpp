@@ -1,0 +1,261 @@
+// The CPU implementations of the operators whose schemas d3net_kernels/ops.py declares: unpacks
+// tensors into the plain problem, allocates results, calls the kernels. Arguments arrive validated
+// by d3net_kernels/checks.py; what is checked again here is what would read or write astray.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "multidilated_conv.h"
+
+namespace d3net {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "multidilated_conv2d: dtype must be float32, float64, bfloat16 or float16");
+}
+
+View view_of(const Tensor& t) {
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+/// d3net_kernels/_layout.py holds the same rule for the fake kernels.
+bool is_channels_last(const Tensor& t) {
+  return t.stride(1) == 1 && t.size(1) > 1 && t.size(2) * t.size(3) > 1;
+}
+
+Tensor new_empty(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
+                 bool channels_last) {
+  const Ints size{n, c, h, w};
+  const Ints stride =
+      channels_last ? Ints{c * h * w, 1, w * c, c} : Ints{c * h * w, h * w, w, 1};
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{
+      from(size),         from(stride),
+      from(std::optional<ScalarType>(like.scalar_type())),
+      from(std::nullopt), from(std::optional<torch::stable::Device>(like.device())),
+      from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor new_empty_like(const Tensor& t) {
+  return new_empty(t, t.size(0), t.size(1), t.size(2), t.size(3), is_channels_last(t));
+}
+
+/// A vector of coefficients in the accumulation type.
+class Coefficients {
+ public:
+  Coefficients(const MaybeTensor& t, DType problem, int64_t size) {
+    if (!t) return;
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size,
+                    "multidilated_conv2d: bias, scale and shift must have one element a channel");
+    if (problem == DType::float64)
+      copy(*t, doubles_);
+    else
+      copy(*t, floats_);
+  }
+  const void* data() const {
+    if (!doubles_.empty()) return doubles_.data();
+    return floats_.empty() ? nullptr : floats_.data();
+  }
+
+ private:
+  template <class T, class A>
+  static void convert(const Tensor& t, std::vector<A>& to) {
+    const T* from = static_cast<const T*>(t.data_ptr());
+    to.resize(static_cast<size_t>(t.size(0)));
+    for (size_t i = 0; i < to.size(); ++i)
+      to[i] = static_cast<A>(from[static_cast<int64_t>(i) * t.stride(0)]);
+  }
+  template <class A>
+  static void copy(const Tensor& t, std::vector<A>& to) {
+    switch (dtype_of(t)) {
+      case DType::float32: return convert<float>(t, to);
+      case DType::float64: return convert<double>(t, to);
+      case DType::bfloat16: return convert<torch::headeronly::BFloat16>(t, to);
+      case DType::float16: return convert<torch::headeronly::Half>(t, to);
+    }
+  }
+
+  std::vector<float> floats_;
+  std::vector<double> doubles_;
+};
+
+/// The operators' common arguments as a Problem, with the memory it points to.
+class Call {
+ public:
+  Call(const Tensors& inputs, const Tensor& weight, const Ints& dilations,
+       const MaybeTensor& scale, const MaybeTensor& shift, bool relu)
+      : scale_(scale, dtype_of(inputs.at(0)), weight.size(1)),
+        shift_(shift, dtype_of(inputs.at(0)), weight.size(1)) {
+    const Tensor& first = inputs[0];
+    STD_TORCH_CHECK(dilations.size() == 2 * inputs.size(),
+                    "multidilated_conv2d: dilations must hold two numbers a source");
+    STD_TORCH_CHECK(scale.has_value() == shift.has_value(),
+                    "multidilated_conv2d: scale and shift must be given together");
+    problem.dtype = dtype_of(first);
+    problem.batch = first.size(0);
+    problem.height = first.size(2);
+    problem.width = first.size(3);
+    problem.out_channels = weight.size(0);
+    problem.kernel_h = weight.size(2);
+    problem.kernel_w = weight.size(3);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const Tensor& x = inputs[i];
+      STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == problem.batch && x.size(2) == problem.height &&
+                          x.size(3) == problem.width && x.is_cpu() &&
+                          x.scalar_type() == first.scalar_type(),
+                      "multidilated_conv2d: sources must agree in dtype, device and N, H, W");
+      sources_.push_back({view_of(x), x.size(1), dilations[2 * i], dilations[2 * i + 1]});
+      problem.in_channels += x.size(1);
+    }
+    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == problem.in_channels &&
+                        weight.is_cpu() && weight.scalar_type() == first.scalar_type(),
+                    "multidilated_conv2d: weight must be (K, sum of the sources' channels, kh, kw) "
+                    "with the sources' dtype and device");
+    problem.sources = sources_.data();
+    problem.num_sources = static_cast<int64_t>(sources_.size());
+    const View w = view_of(weight);
+    problem.weight = {w.data, w.stride_n, w.stride_c, w.stride_h, w.stride_w};
+    problem.psi = {scale_.data(), shift_.data(), relu};
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  bool empty() const { return problem.batch * problem.height * problem.width == 0; }
+
+  void check_gradient(const Tensor& g) const {
+    STD_TORCH_CHECK(g.dim() == 4 && g.size(0) == problem.batch &&
+                        g.size(1) == problem.out_channels && g.size(2) == problem.height &&
+                        g.size(3) == problem.width && g.is_cpu() &&
+                        dtype_of(g) == problem.dtype,
+                    "multidilated_conv2d: grad_output must match the output's shape and dtype");
+  }
+
+  Problem problem;
+
+ private:
+  Coefficients scale_, shift_;
+  std::vector<Source> sources_;
+};
+
+Tensor forward(Tensors inputs, Tensor weight, MaybeTensor bias, Ints dilations, MaybeTensor scale,
+               MaybeTensor shift, bool relu) {
+  const Call call(inputs, weight, dilations, scale, shift, relu);
+  const Problem& p = call.problem;
+  const Coefficients bias_values(bias, p.dtype, p.out_channels);
+  Tensor out = new_empty(inputs[0], p.batch, p.out_channels, p.height, p.width,
+                         is_channels_last(inputs[0]));
+  if (!call.empty()) cpu::kernels().forward(p, bias_values.data(), view_of(out));
+  return out;
+}
+
+void assign(const Tensor& t, const double* values, int64_t step) {
+  auto write = [&](auto* to) {
+    for (int64_t i = 0; i < t.size(0); ++i)
+      to[i] = static_cast<std::remove_reference_t<decltype(*to)>>(
+          dtype_of(t) == DType::float64 ? values[i * step] : static_cast<float>(values[i * step]));
+  };
+  switch (dtype_of(t)) {
+    case DType::float32: return write(static_cast<float*>(t.data_ptr()));
+    case DType::float64: return write(static_cast<double*>(t.data_ptr()));
+    case DType::bfloat16: return write(static_cast<torch::headeronly::BFloat16*>(t.data_ptr()));
+    case DType::float16: return write(static_cast<torch::headeronly::Half*>(t.data_ptr()));
+  }
+}
+
+std::tuple<Tensors, Tensor, Tensor> backward_data(Tensor grad_output, Tensors inputs,
+                                                  Tensor weight, Ints dilations, MaybeTensor scale,
+                                                  MaybeTensor shift, bool relu, Ints wanted) {
+  const Call call(inputs, weight, dilations, scale, shift, relu);
+  const Problem& p = call.problem;
+  call.check_gradient(grad_output);
+  STD_TORCH_CHECK(wanted.size() == inputs.size(),
+                  "multidilated_conv2d: wanted must hold one number a source");
+  Tensors grad_inputs;
+  std::vector<View> views;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    grad_inputs.push_back(wanted[i] ? new_empty_like(inputs[i])
+                                    : torch::stable::new_empty(inputs[i], Ints{0}));
+    views.push_back(wanted[i] ? view_of(grad_inputs[i]) : View{});
+  }
+  const Tensor& like = scale ? *scale : weight;
+  const int64_t channels = scale ? p.in_channels : 0;
+  Tensor grad_scale = torch::stable::new_empty(like, Ints{channels});
+  Tensor grad_shift = torch::stable::new_empty(like, Ints{channels});
+  std::vector<double> sums(static_cast<size_t>(2 * channels));
+  if (!call.empty())
+    cpu::kernels().backward_data(p, view_of(grad_output), views.data(),
+                                 scale ? sums.data() : nullptr);
+  if (scale) {
+    assign(grad_scale, sums.data(), 2);
+    assign(grad_shift, sums.data() + 1, 2);
+  }
+  return {std::move(grad_inputs), std::move(grad_scale), std::move(grad_shift)};
+}
+
+std::tuple<Tensor, Tensor> backward_weight(Tensor grad_output, Tensors inputs, Tensor weight,
+                                           Ints dilations, MaybeTensor scale, MaybeTensor shift,
+                                           bool relu) {
+  const Call call(inputs, weight, dilations, scale, shift, relu);
+  const Problem& p = call.problem;
+  call.check_gradient(grad_output);
+  const Ints size{p.out_channels, p.in_channels, p.kernel_h, p.kernel_w};
+  if (call.empty())
+    return {torch::stable::new_zeros(weight, size),
+            torch::stable::new_zeros(weight, Ints{p.out_channels})};
+  Tensor grad_weight = torch::stable::new_empty(weight, size);
+  Tensor grad_bias = torch::stable::new_empty(weight, Ints{p.out_channels});
+  cpu::kernels().backward_weight(p, view_of(grad_output), grad_weight.data_ptr(),
+                                 grad_bias.data_ptr());
+  return {std::move(grad_weight), std::move(grad_bias)};
+}
+
+std::string cpu_isa(std::string request) {
+  STD_TORCH_CHECK(request.empty() || cpu::force_isa(request.c_str()), "cpu_isa: got '", request,
+                  "', accepted are portable, avx2 and avx512 where this CPU has them");
+  return cpu::kernels().isa;
+}
+
+}  // namespace
+
+void cpu::run_on_all_threads(void (*body)(void*), void* context) {
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
+                              [&](int64_t, int64_t) { body(context); });
+}
+
+}  // namespace d3net
+
+STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CPU, m) {
+  m.impl("multidilated_conv2d", TORCH_BOX(&d3net::forward));
+  m.impl("multidilated_conv2d_backward_data", TORCH_BOX(&d3net::backward_data));
+  m.impl("multidilated_conv2d_backward_weight", TORCH_BOX(&d3net::backward_weight));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&d3net::cpu_isa));
+}
