@@ -11,6 +11,7 @@
 #include "microkernel.h"
 #include "parallel.h"
 #include "tile_io.h"
+#include "winograd.h"
 
 namespace d3net::cpu::D3NET_ISA {
 
@@ -42,19 +43,25 @@ class Convolution {
 
  public:
   Convolution(const Shape& shape, std::vector<Operand<T>> operands, View out, const A* bias)
-      : shape_(shape), operands_(std::move(operands)), out_(out), bias_(bias),
-        tiling_(choose_tiling(shape.batch, shape.height, shape.width, shape.out_channels,
-                              sizeof(A), machine(sizeof(A)))) {
+      : shape_(shape), operands_(std::move(operands)), out_(out), bias_(bias) {
+    const Machine m = machine(sizeof(A));
     int64_t channels = 0;
+    for (const auto& o : operands_) channels += o.channels;
+    const bool winograd =
+        !std::is_same_v<A, double> && prefers_winograd(shape.batch, shape.height, shape.width,
+                                                       channels, shape.out_channels,
+                                                       shape.kernel_w, m);
+    tiling_ = choose_tiling(shape.batch, shape.height, shape.width, shape.out_channels, winograd,
+                            sizeof(A), m);
     for (const auto& o : operands_) {
-      windows_.push_back(choose_window(o.channels, shape.kernel_h, shape.kernel_w, o.dilation_h,
-                                       o.dilation_w, shape.width, tiling_, sizeof(A),
-                                       machine(sizeof(A))));
-      channels += o.channels;
+      windows_.push_back(choose_window(
+          o.channels, shape.kernel_h, shape.kernel_w, o.dilation_h, o.dilation_w, shape.width,
+          winograd && allows_winograd(o.dilation_w, shape.width, tiling_, m), tiling_, sizeof(A),
+          m));
+      steps_ += o.channels * shape.kernel_h * weight_cols(windows_.back());
     }
-    steps_ = channels * shape.kernel_h * shape.kernel_w;
-    raw_window_ = choose_window(tiling_.out_group, 1, 1, 1, 1, shape.width, tiling_, sizeof(A),
-                                machine(sizeof(A)));
+    raw_window_ = choose_window(tiling_.out_group, 1, 1, 1, 1, shape.width, false, tiling_,
+                                sizeof(A), m);
   }
 
   /// Also turn the result into the gradient to an activated source.
@@ -68,7 +75,8 @@ class Convolution {
   int64_t tiles() const { return shape_.batch * tiling_.tiles(); }
   int64_t tasks() const { return tiles() * tiling_.out_groups; }
 
-  /// Packs the weights of one block of outputs as [operand][chunk][tap][channel][output].
+  /// Packs the weights of one block of outputs as [operand][chunk][tap row][tap col][channel][output],
+  /// tap cols transformed where the operand's rows are.
   void pack(int64_t block) const {
     const int64_t first = block * tiling_.blocking.out_block;
     const int64_t outs = outputs_of(block);
@@ -79,36 +87,52 @@ class Convolution {
       for (int64_t c = 0; c < operands_[o].channels; c += windows_[o].chunk) {
         const int64_t chunk = std::min(windows_[o].chunk, operands_[o].channels - c);
         for (int64_t i = 0; i < shape_.kernel_h; ++i)
-          for (int64_t j = 0; j < shape_.kernel_w; ++j)
-            for (int64_t k = 0; k < chunk; ++k)
-              for (int64_t n = 0; n < outs; ++n)
-                *to++ = load_one<A>(from + n * w.stride_k + (c + k) * w.stride_c +
-                                    i * w.stride_h + j * w.stride_w);
+          for (int64_t j = 0; j < weight_cols(windows_[o]); ++j)
+            for (int64_t k = c; k < c + chunk; ++k)
+              for (int64_t n = 0; n < outs; ++n) {
+                const T* row = from + n * w.stride_k + k * w.stride_c + i * w.stride_h;
+                auto tap = [&](int64_t col) { return load_one<A>(row + col * w.stride_w); };
+                *to++ = windows_[o].winograd
+                            ? transform_weight(static_cast<int>(j), tap(0), tap(1), tap(2))
+                            : tap(j);
+              }
       }
     }
   }
 
   void run(int64_t task) const {
-    static thread_local Scratch staging_memory, acc_memory;
+    static thread_local Scratch staging_memory, transformed_memory, product_memory, acc_memory;
     const int64_t tile_index = task % tiles();
     const int64_t channel = task / tiles() * tiling_.out_group;
     const int64_t channels = std::min(tiling_.out_group, shape_.out_channels - channel);
     const Tile tile = tile_at(tile_index, tiling_, shape_.height, shape_.width);
 
     A* acc = acc_memory.get<A>(tiling_.out_group * acc_plane());
-    int64_t steps = 0;  // (channel, tap) pairs before the present chunk
+    int64_t steps = 0;  // weights of one output before the present chunk
     for (size_t o = 0; o < operands_.size(); ++o) {
       const Operand<T>& source = operands_[o];
       const Window& window = windows_[o];
       const Stager<T> stager(source.x, shape_.height, shape_.width, source.dilation_h,
                              shape_.kernel_h, tiling_, window);
       A* staging = staging_memory.get<A>(window.chunk * window.channel_stride);
+      A *transformed = nullptr, *products = nullptr;
+      if (window.winograd) {
+        transformed = transformed_memory.get<A>(window.chunk * window.transformed_stride);
+        products = product_memory.get<A>(tiling_.out_group * 2 * acc_plane());
+      }
       for (int64_t c = 0; c < source.channels; c += window.chunk) {
         const int64_t chunk = std::min(window.chunk, source.channels - c);
         stager.stage(tile, c, chunk, source.psi.from_channel(c), staging);
-        correlate_chunk(tile, source, window, staging, chunk, steps, channel, channels, acc);
-        steps += chunk * shape_.kernel_h * shape_.kernel_w;
+        const Rows rows{tile, source, window, chunk, steps, channel, channels};
+        if (window.winograd) {
+          transform(stager, rows, staging, transformed);
+          correlate_rows(rows, transformed, products, c == 0);
+        } else {
+          correlate_rows(rows, staging, acc, steps == 0);
+        }
+        steps += chunk * shape_.kernel_h * weight_cols(window);
       }
+      if (window.winograd) inverse(tile, source, window, channels, products, o == 0, acc);
     }
     if (psi_backward_.x.data) apply_psi_backward(tile, tile_index, channel, channels, acc);
     if (out_.data)
@@ -122,38 +146,85 @@ class Convolution {
                     shape_.out_channels - block * tiling_.blocking.out_block);
   }
 
-  void correlate_chunk(const Tile& tile, const Operand<T>& source, const Window& window,
-                       const A* staging, int64_t chunk, int64_t steps, int64_t channel,
-                       int64_t channels, A* acc) const {
+  int64_t weight_cols(const Window& window) const {
+    return window.winograd ? kWinogradPlanes : shape_.kernel_w;
+  }
+
+  /// One chunk of one source's channels, and the outputs they are added to.
+  struct Rows {
+    const Tile& tile;
+    const Operand<T>& source;
+    const Window& window;
+    int64_t chunk, steps, channel, channels;
+  };
+
+  void transform(const Stager<T>& stager, const Rows& rows, const A* staging,
+                 A* transformed) const {
+    static thread_local Scratch memory;
+    const Window& w = rows.window;
+    A* parts = memory.get<A>(2 * (w.pairs + w.lead));
+    for (int64_t c = 0; c < rows.chunk; ++c)
+      for (int64_t slot = 0; slot < w.slots; ++slot)
+        if (stager.holds_row(slot, rows.tile))
+          transform_row(staging + c * w.channel_stride + slot * w.pitch + w.lead, w.pairs,
+                        rows.source.dilation_w, parts,
+                        transformed + c * w.transformed_stride + slot * kWinogradPlanes * w.pairs,
+                        w.pairs);
+  }
+
+  void inverse(const Tile& tile, const Operand<T>& source, const Window& window,
+               int64_t channels, const A* products, bool first, A* acc) const {
+    for (int64_t k = 0; k < channels; ++k)
+      for (int64_t r = 0; r < tile.rows; ++r)
+        inverse_row(products + k * 2 * acc_plane() + r * window.pairs,
+                    tiling_.rows * window.pairs, window.pairs, source.dilation_w, first,
+                    acc + k * acc_plane() + r * tiling_.cols);
+  }
+
+  /// Adds all live taps of a chunk. Direct rows are one plane whose horizontal taps are shifts;
+  /// transformed rows are four planes, each with accumulators of its own and no horizontal tap.
+  void correlate_rows(const Rows& rows, const A* x, A* acc, bool first) const {
     constexpr int lanes = kLanes<A>;
+    const auto& [tile, source, window, chunk, steps, channel, channels] = rows;
     const int64_t kb = tiling_.blocking.out_block, pv = tiling_.blocking.pixel_vectors;
-    const int64_t vectors = ceil_div(tile.cols, lanes);
+    const int64_t planes = window.winograd ? kWinogradPlanes : 1;
+    const int64_t pitch = window.winograd ? kWinogradPlanes * window.pairs : window.pitch;
+    const int64_t acc_cols = window.winograd ? window.pairs : tiling_.cols;
+    const int64_t vectors = window.winograd ? window.pairs / lanes : ceil_div(tile.cols, lanes);
+
     CorrelateArgs<A> args;
     args.channels = chunk;
-    args.channel_stride = window.channel_stride;
-    args.tap_row_step = window.tap_rows * window.pitch;
+    args.channel_stride = window.winograd ? window.transformed_stride : window.channel_stride;
+    args.tap_row_step = window.tap_rows * pitch;
     args.tap_col_step = source.dilation_w;
-    args.acc_stride = acc_plane();
-    args.first = steps == 0;
+    args.acc_stride = planes * tiling_.rows * acc_cols;
+    args.first = first;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const LiveTaps rows = live_taps(tile.row + r, 1, shape_.height, shape_.kernel_h,
-                                      source.dilation_h);
-      for (int64_t v = 0; v < vectors; v += pv) {
-        const int64_t width = std::min(pv, vectors - v);
-        const int64_t pixels = std::min(width * lanes, tile.cols - v * lanes);
-        const LiveTaps cols = live_taps(tile.col + v * lanes, pixels, shape_.width,
-                                        shape_.kernel_w, source.dilation_w);
-        args.tap_rows = rows.count;
-        args.tap_cols = cols.count;
-        args.x = staging + r * window.pitch + rows.first * args.tap_row_step + window.lead +
-                 v * lanes + (cols.first - shape_.kernel_w / 2) * source.dilation_w;
-        for (int64_t k = channel; k < channel + channels; k += kb) {
-          const int64_t outs = outputs_of(k / kb);
-          args.w_tap_row_step = shape_.kernel_w * chunk * outs;
-          args.w = packed_ + k * steps_ + steps * outs + rows.first * args.w_tap_row_step +
-                   cols.first * chunk * outs;
-          args.acc = acc + (k - channel) * acc_plane() + r * tiling_.cols + v * lanes;
-          kCorrelate<A>[outs - 1][width - 1](args);
+      const LiveTaps live_rows =
+          live_taps(tile.row + r, 1, shape_.height, shape_.kernel_h, source.dilation_h);
+      args.tap_rows = live_rows.count;
+      const A* row = x + r * pitch + live_rows.first * args.tap_row_step;
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        for (int64_t v = 0; v < vectors; v += pv) {
+          const int64_t width = std::min(pv, vectors - v);
+          LiveTaps live_cols{plane, 1};
+          args.x = row + plane * window.pairs + v * lanes;
+          if (!window.winograd) {
+            const int64_t pixels = std::min(width * lanes, tile.cols - v * lanes);
+            live_cols = live_taps(tile.col + v * lanes, pixels, shape_.width, shape_.kernel_w,
+                                  source.dilation_w);
+            args.x += window.lead + (live_cols.first - shape_.kernel_w / 2) * source.dilation_w;
+          }
+          args.tap_cols = live_cols.count;
+          for (int64_t k = channel; k < channel + channels; k += kb) {
+            const int64_t outs = outputs_of(k / kb);
+            args.w_tap_row_step = weight_cols(window) * chunk * outs;
+            args.w = packed_ + k * steps_ + steps * outs + live_rows.first * args.w_tap_row_step +
+                     live_cols.first * chunk * outs;
+            args.acc = acc + (k - channel) * args.acc_stride +
+                       (plane * tiling_.rows + r) * acc_cols + v * lanes;
+            kCorrelate<A>[outs - 1][width - 1](args);
+          }
         }
       }
     }
@@ -205,7 +276,7 @@ class Convolution {
   Tiling tiling_;
   std::vector<Window> windows_;
   Window raw_window_;
-  int64_t steps_;  // sum over operands of channels x taps
+  int64_t steps_ = 0;  // packed weights of one output
   A* packed_ = nullptr;
 };
 

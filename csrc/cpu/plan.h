@@ -93,18 +93,20 @@ constexpr int64_t kMaxTileVectors = 32;
 constexpr int64_t kMaxOutGroup = 64;
 constexpr int64_t kWantedTasks = 16;  // enough to share among the cores of a desktop
 
+/// pairs: columns come in pairs of vectors, as Winograd's transform needs them.
 inline Tiling choose_tiling(int64_t batch, int64_t height, int64_t width, int64_t out_channels,
-                            int64_t element_bytes, Machine machine) {
+                            bool pairs, int64_t element_bytes, Machine machine) {
   Tiling t;
-  const int64_t row_vectors = std::max<int64_t>(1, ceil_div(width, machine.lanes));
-  t.strips = ceil_div(row_vectors, kMaxTileVectors);
+  const int64_t unit = machine.lanes * (pairs ? 2 : 1);  // columns of one vector of accumulators
+  const int64_t row_vectors = ceil_div(width, unit);
+  t.strips = ceil_div(row_vectors * unit, kMaxTileVectors * machine.lanes);
   int64_t vectors = ceil_div(row_vectors, t.strips);
   t.blocking = choose_blocking(out_channels, vectors, machine);
   if (t.strips > 1) {
     vectors = round_up(vectors, t.blocking.pixel_vectors);
     t.strips = ceil_div(row_vectors, vectors);
   }
-  t.cols = vectors * machine.lanes;
+  t.cols = vectors * unit;
 
   t.out_groups = ceil_div(out_channels, kMaxOutGroup);
   t.out_group = round_up(ceil_div(out_channels, t.out_groups), t.blocking.out_block);
@@ -165,23 +167,48 @@ struct Window {
   int64_t reach;  // columns staged on either side: the largest shift that meets the map
   int64_t lead, pitch, channel_stride;
   int64_t chunk;  // channels staged together
+  bool winograd;  // rows are transformed: four planes of `pairs` elements a slot
+  int64_t pairs, transformed_stride;
 };
 
+constexpr int64_t kWinogradPlanes = 4;
+
+/// Winograd's transforms pay where enough products share them.
+inline bool prefers_winograd(int64_t batch, int64_t height, int64_t width, int64_t channels,
+                             int64_t out_channels, int64_t kernel_w, Machine machine) {
+  return kernel_w == 3 && out_channels >= 8 && channels >= 8 && width > 3 * machine.lanes &&
+         batch * height > 0;
+}
+
+/// The pairs of columns that a dilation forms have to fill vectors and tiles.
+inline bool allows_winograd(int64_t dilation_w, int64_t width, const Tiling& tiling,
+                            Machine machine) {
+  const bool fills_vectors = dilation_w < machine.lanes
+                                 ? (dilation_w & (dilation_w - 1)) == 0
+                                 : dilation_w % machine.lanes == 0;
+  return fills_vectors && dilation_w < width && tiling.cols % (2 * dilation_w) == 0;
+}
+
 inline Window choose_window(int64_t channels, int64_t kernel_h, int64_t kernel_w,
-                            int64_t dilation_h, int64_t dilation_w, int64_t width,
+                            int64_t dilation_h, int64_t dilation_w, int64_t width, bool winograd,
                             const Tiling& tiling, int64_t element_bytes, Machine machine) {
   Window w;
+  w.winograd = winograd;
   w.tap_rows = std::min(dilation_h, tiling.rows);
   w.slots = tiling.rows + (kernel_h - 1) * w.tap_rows;
   const int64_t live_shifts = width > 0 ? (width - 1) / dilation_w : 0;
   w.reach = std::min(kernel_w / 2, live_shifts) * dilation_w;
-  w.lead = round_up(w.reach, machine.lanes);
-  w.pitch = round_up(w.lead + tiling.cols + w.reach, machine.lanes) + machine.lanes;
+  const int64_t margin = winograd ? 2 * std::max<int64_t>(dilation_w, machine.lanes) : w.reach;
+  w.lead = round_up(margin, machine.lanes);
+  w.pitch = round_up(w.lead + tiling.cols + margin, machine.lanes) + machine.lanes;
+  w.pairs = tiling.cols / 2;
   // An odd number of cache lines between channels: their rows never fall on one cache set.
   const int64_t line = 64 / element_bytes;
-  w.channel_stride = (ceil_div(w.slots * w.pitch, line) | 1) * line;
-  const int64_t most =
-      std::clamp<int64_t>(kStagingBytes / (w.channel_stride * element_bytes), 4, 64);
+  auto odd_lines = [&](int64_t elements) { return (ceil_div(elements, line) | 1) * line; };
+  w.channel_stride = odd_lines(w.slots * w.pitch);
+  w.transformed_stride = odd_lines(w.slots * kWinogradPlanes * w.pairs);
+  const int64_t hot = winograd ? w.transformed_stride : w.channel_stride;
+  const int64_t most = std::clamp<int64_t>(kStagingBytes / (hot * element_bytes), 4, 64);
   w.chunk = ceil_div(channels, ceil_div(channels, most));
   return w;
 }

@@ -87,8 +87,8 @@ class Stager {
     const T* image = static_cast<const T*>(x_.data) + tile.image * x_.stride_n +
                      channel * x_.stride_c + first * x_.stride_w;
     for (int64_t slot = 0; slot < window_.slots; ++slot) {
+      if (!holds_row(slot, tile)) continue;
       const int64_t y = row_of(slot, tile);
-      if (y < 0 || y >= height_) continue;
       A* row = out + slot * window_.pitch + window_.lead;
       const RowCopy<A, T> copy{image + y * x_.stride_h, row + (first - tile.col),
                                row - window_.reach, row + tiling_.cols + window_.reach};
@@ -99,6 +99,12 @@ class Stager {
       else
         copy_strided(copy, channels, last - first, psi);
     }
+  }
+
+  /// Whether a slot's row lies in the map; the others are never read.
+  bool holds_row(int64_t slot, const Tile& tile) const {
+    const int64_t y = row_of(slot, tile);
+    return y >= 0 && y < height_;
   }
 
  private:

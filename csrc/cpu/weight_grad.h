@@ -32,9 +32,10 @@ class WeightGradient {
     for (int64_t i = 0; i < p.num_sources; ++i) {
       const Source& s = p.sources[i];
       windows_.push_back(choose_window(s.channels, p.kernel_h, p.kernel_w, s.dilation_h,
-                                       s.dilation_w, p.width, tiling_, sizeof(A), m));
+                                       s.dilation_w, p.width, false, tiling_, sizeof(A), m));
     }
-    gradient_window_ = choose_window(tiling_.out_group, 1, 1, 1, 1, p.width, tiling_, sizeof(A), m);
+    gradient_window_ = choose_window(tiling_.out_group, 1, 1, 1, 1, p.width, false, tiling_,
+                                     sizeof(A), m);
   }
 
   /// weight: contiguous (K, sum C_i, kh, kw); bias: (K,).
