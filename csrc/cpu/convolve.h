@@ -37,6 +37,46 @@ struct PsiBackward {
   double* sums = nullptr;  // [tile][channel][2]: d scale, d shift; null: not wanted
 };
 
+/// Brings the rows of the next chunk to L2 while the present one is computed, a few lines before
+/// each microkernel call.
+class Prefetcher {
+  static constexpr int64_t kLine = 64;
+
+ public:
+  void aim_at_nothing() {
+    runs_.clear();
+    lines_ = 0;
+  }
+  template <class T>
+  void aim(const Stager<T>& stager, const Tile& tile, int64_t channel, int64_t channels) {
+    aim_at_nothing();
+    stager.for_each_run(tile, channel, channels, [&](const void* begin, int64_t bytes) {
+      runs_.push_back({static_cast<const char*>(begin), ceil_div(bytes, kLine) + 1});
+      lines_ += runs_.back().lines;
+    });
+    run_ = runs_.begin();
+  }
+  /// Divides what is aimed at among `steps` calls of step().
+  void share(int64_t steps) { per_step_ = ceil_div(lines_, steps); }
+  void step() {
+    for (int64_t n = std::min(per_step_, lines_); n > 0; --n, --lines_) {
+      if (run_->lines == 0) ++run_;
+      __builtin_prefetch(run_->at, 0, 2);
+      run_->at += kLine;
+      --run_->lines;
+    }
+  }
+
+ private:
+  struct Run {
+    const char* at;
+    int64_t lines;
+  };
+  std::vector<Run> runs_;
+  std::vector<Run>::iterator run_;
+  int64_t lines_ = 0, per_step_ = 0;
+};
+
 template <class T>
 class Convolution {
   using A = Accumulator<T>;
@@ -86,53 +126,64 @@ class Convolution {
       const T* from = static_cast<const T*>(w.data) + first * w.stride_k;
       for (int64_t c = 0; c < operands_[o].channels; c += windows_[o].chunk) {
         const int64_t chunk = std::min(windows_[o].chunk, operands_[o].channels - c);
-        for (int64_t i = 0; i < shape_.kernel_h; ++i)
-          for (int64_t j = 0; j < weight_cols(windows_[o]); ++j)
-            for (int64_t k = c; k < c + chunk; ++k)
-              for (int64_t n = 0; n < outs; ++n) {
-                const T* row = from + n * w.stride_k + k * w.stride_c + i * w.stride_h;
-                auto tap = [&](int64_t col) { return load_one<A>(row + col * w.stride_w); };
-                *to++ = windows_[o].winograd
-                            ? transform_weight(static_cast<int>(j), tap(0), tap(1), tap(2))
-                            : tap(j);
-              }
+        const int64_t cols = weight_cols(windows_[o]);
+        for (int64_t k = 0; k < chunk; ++k)
+          for (int64_t i = 0; i < shape_.kernel_h; ++i) {
+            const T* row = from + (c + k) * w.stride_c + i * w.stride_h;
+            A* at = to + (i * cols * chunk + k) * outs;
+            if (windows_[o].winograd)
+              for (int64_t n = 0; n < outs; ++n, row += w.stride_k, ++at)
+                transform_weights(load_one<A>(row), load_one<A>(row + w.stride_w),
+                                  load_one<A>(row + 2 * w.stride_w), at, chunk * outs);
+            else
+              for (int64_t n = 0; n < outs; ++n, row += w.stride_k, ++at)
+                for (int64_t j = 0; j < cols; ++j)
+                  at[j * chunk * outs] = load_one<A>(row + j * w.stride_w);
+          }
+        to += shape_.kernel_h * cols * chunk * outs;
       }
     }
   }
 
-  void run(int64_t task) const {
-    static thread_local Scratch staging_memory, transformed_memory, product_memory, acc_memory;
+  /// next: the task this thread will run after it (-1: none), whose rows are prefetched.
+  void run(int64_t task, int64_t next) const {
+    static thread_local Scratch staging_memory, acc_memory;
     const int64_t tile_index = task % tiles();
     const int64_t channel = task / tiles() * tiling_.out_group;
     const int64_t channels = std::min(tiling_.out_group, shape_.out_channels - channel);
-    const Tile tile = tile_at(tile_index, tiling_, shape_.height, shape_.width);
+    const Tile tile = tile_of(task);
+    static thread_local Prefetcher prefetcher;
+    prefetcher.aim_at_nothing();
 
     A* acc = acc_memory.get<A>(tiling_.out_group * acc_plane());
     int64_t steps = 0;  // weights of one output before the present chunk
     for (size_t o = 0; o < operands_.size(); ++o) {
       const Operand<T>& source = operands_[o];
       const Window& window = windows_[o];
-      const Stager<T> stager(source.x, shape_.height, shape_.width, source.dilation_h,
-                             shape_.kernel_h, tiling_, window);
-      A* staging = staging_memory.get<A>(window.chunk * window.channel_stride);
-      A *transformed = nullptr, *products = nullptr;
-      if (window.winograd) {
-        transformed = transformed_memory.get<A>(window.chunk * window.transformed_stride);
-        products = product_memory.get<A>(tiling_.out_group * 2 * acc_plane());
-      }
+      const Stager<T> stager = stager_of(o);
+      A* staging = staging_memory.get<A>(
+          window.chunk * (window.winograd ? window.transformed_stride : window.channel_stride));
       for (int64_t c = 0; c < source.channels; c += window.chunk) {
         const int64_t chunk = std::min(window.chunk, source.channels - c);
-        stager.stage(tile, c, chunk, source.psi.from_channel(c), staging);
         const Rows rows{tile, source, window, chunk, steps, channel, channels};
+        if (c + chunk < source.channels)
+          prefetcher.aim(stager, tile, c + chunk, std::min(window.chunk, source.channels - c - chunk));
+        else if (o + 1 < operands_.size())
+          prefetcher.aim(stager_of(o + 1), tile, 0, windows_[o + 1].chunk);
+        else if (next >= 0)
+          prefetcher.aim(stager_of(0), tile_of(next), 0, windows_[0].chunk);
+        else
+          prefetcher.aim_at_nothing();
+        prefetcher.share(correlations(rows));
         if (window.winograd) {
-          transform(stager, rows, staging, transformed);
-          correlate_rows(rows, transformed, products, c == 0);
+          stage_transformed(stager, rows, c, staging);
+          correlate_transformed(rows, staging, acc, prefetcher);
         } else {
-          correlate_rows(rows, staging, acc, steps == 0);
+          stager.stage(tile, c, chunk, source.psi.from_channel(c), staging);
+          correlate_direct(rows, staging, acc, prefetcher);
         }
         steps += chunk * shape_.kernel_h * weight_cols(window);
       }
-      if (window.winograd) inverse(tile, source, window, channels, products, o == 0, acc);
     }
     if (psi_backward_.x.data) apply_psi_backward(tile, tile_index, channel, channels, acc);
     if (out_.data)
@@ -140,6 +191,14 @@ class Convolution {
   }
 
  private:
+  Tile tile_of(int64_t task) const {
+    return tile_at(task % tiles(), tiling_, shape_.height, shape_.width);
+  }
+  Stager<T> stager_of(size_t operand) const {
+    const Operand<T>& o = operands_[operand];
+    return {o.x, shape_.height, shape_.width, o.dilation_h, shape_.kernel_h, tiling_,
+            windows_[operand]};
+  }
   int64_t acc_plane() const { return tiling_.rows * tiling_.cols; }
   int64_t outputs_of(int64_t block) const {
     return std::min(tiling_.blocking.out_block,
@@ -158,75 +217,132 @@ class Convolution {
     int64_t chunk, steps, channel, channels;
   };
 
-  void transform(const Stager<T>& stager, const Rows& rows, const A* staging,
-                 A* transformed) const {
+  /// Microkernel calls of a chunk.
+  int64_t correlations(const Rows& rows) const {
+    const int64_t unit = kLanes<A> * tiling_.blocking.pixel_vectors;
+    const int64_t columns = rows.window.winograd ? kWinogradPlanes * ceil_div(rows.window.pairs, unit)
+                                                 : ceil_div(rows.tile.cols, unit);
+    return rows.tile.rows * columns * ceil_div(rows.channels, tiling_.blocking.out_block);
+  }
+
+  /// Stages a chunk's rows, a few channels at a time, and transforms them while they are in L1.
+  void stage_transformed(const Stager<T>& stager, const Rows& rows, int64_t channel,
+                         A* transformed) const {
     static thread_local Scratch memory;
+    constexpr int64_t group = kLanes<A>;
     const Window& w = rows.window;
-    A* parts = memory.get<A>(2 * (w.pairs + w.lead));
-    for (int64_t c = 0; c < rows.chunk; ++c)
-      for (int64_t slot = 0; slot < w.slots; ++slot)
-        if (stager.holds_row(slot, rows.tile))
-          transform_row(staging + c * w.channel_stride + slot * w.pitch + w.lead, w.pairs,
-                        rows.source.dilation_w, parts,
-                        transformed + c * w.transformed_stride + slot * kWinogradPlanes * w.pairs,
+    A* staged = memory.get<A>(group * w.pitch + 2 * (w.pairs + w.lead));
+    A* parts = staged + group * w.pitch;
+    for (int64_t slot = 0; slot < w.slots; ++slot) {
+      if (!stager.holds_row(slot, rows.tile)) continue;
+      for (int64_t c = 0; c < rows.chunk; c += group) {
+        const int64_t channels = std::min(group, rows.chunk - c);
+        stager.stage_row(rows.tile, slot, channel + c, channels,
+                         rows.source.psi.from_channel(channel + c), staged, w.pitch);
+        for (int64_t i = 0; i < channels; ++i)
+          transform_row(staged + i * w.pitch + w.lead, w.pairs, rows.source.dilation_w, parts,
+                        transformed + (c + i) * w.transformed_stride +
+                            slot * kWinogradPlanes * w.pairs,
                         w.pairs);
+      }
+    }
   }
 
-  void inverse(const Tile& tile, const Operand<T>& source, const Window& window,
-               int64_t channels, const A* products, bool first, A* acc) const {
-    for (int64_t k = 0; k < channels; ++k)
-      for (int64_t r = 0; r < tile.rows; ++r)
-        inverse_row(products + k * 2 * acc_plane() + r * window.pairs,
-                    tiling_.rows * window.pairs, window.pairs, source.dilation_w, first,
-                    acc + k * acc_plane() + r * tiling_.cols);
+  /// Arguments common to all of a chunk's microkernels on one row; x is at its first live tap row.
+  CorrelateArgs<A> row_args(const Rows& rows, int64_t r, const A* x, int64_t pitch,
+                            int64_t channel_stride, LiveTaps live_rows) const {
+    CorrelateArgs<A> args;
+    args.channels = rows.chunk;
+    args.channel_stride = channel_stride;
+    args.tap_rows = live_rows.count;
+    args.tap_row_step = rows.window.tap_rows * pitch;
+    args.tap_cols = 1;
+    args.tap_col_step = rows.source.dilation_w;
+    args.x = x + r * pitch + live_rows.first * args.tap_row_step;
+    return args;
   }
 
-  /// Adds all live taps of a chunk. Direct rows are one plane whose horizontal taps are shifts;
-  /// transformed rows are four planes, each with accumulators of its own and no horizontal tap.
-  void correlate_rows(const Rows& rows, const A* x, A* acc, bool first) const {
+  /// Points args at the weights of the block of outputs that starts at k; returns its size.
+  int64_t aim_weights(const Rows& rows, int64_t k, int64_t tap_row, int64_t tap_col,
+                      CorrelateArgs<A>& args) const {
+    const int64_t outs = outputs_of(k / tiling_.blocking.out_block);
+    args.w_tap_row_step = weight_cols(rows.window) * rows.chunk * outs;
+    args.w = packed_ + k * steps_ + rows.steps * outs + tap_row * args.w_tap_row_step +
+             tap_col * rows.chunk * outs;
+    return outs;
+  }
+
+  LiveTaps live_rows_of(const Rows& rows, int64_t r) const {
+    return live_taps(rows.tile.row + r, 1, shape_.height, shape_.kernel_h,
+                     rows.source.dilation_h);
+  }
+
+  /// f(first vector, vectors) over nearly equal parts of at most blocking.pixel_vectors.
+  template <class F>
+  D3NET_INLINE void for_vector_blocks(int64_t vectors, F&& f) const {
+    int64_t blocks = ceil_div(vectors, tiling_.blocking.pixel_vectors);
+    for (int64_t v = 0, width; v < vectors; v += width, --blocks)
+      f(v, width = ceil_div(vectors - v, blocks));
+  }
+
+  /// Adds a chunk's live taps to the accumulators; a horizontal tap is a shift of the staged row.
+  void correlate_direct(const Rows& rows, const A* staging, A* acc,
+                        Prefetcher& prefetcher) const {
     constexpr int lanes = kLanes<A>;
     const auto& [tile, source, window, chunk, steps, channel, channels] = rows;
-    const int64_t kb = tiling_.blocking.out_block, pv = tiling_.blocking.pixel_vectors;
-    const int64_t planes = window.winograd ? kWinogradPlanes : 1;
-    const int64_t pitch = window.winograd ? kWinogradPlanes * window.pairs : window.pitch;
-    const int64_t acc_cols = window.winograd ? window.pairs : tiling_.cols;
-    const int64_t vectors = window.winograd ? window.pairs / lanes : ceil_div(tile.cols, lanes);
-
-    CorrelateArgs<A> args;
-    args.channels = chunk;
-    args.channel_stride = window.winograd ? window.transformed_stride : window.channel_stride;
-    args.tap_row_step = window.tap_rows * pitch;
-    args.tap_col_step = source.dilation_w;
-    args.acc_stride = planes * tiling_.rows * acc_cols;
-    args.first = first;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const LiveTaps live_rows =
-          live_taps(tile.row + r, 1, shape_.height, shape_.kernel_h, source.dilation_h);
-      args.tap_rows = live_rows.count;
-      const A* row = x + r * pitch + live_rows.first * args.tap_row_step;
-      for (int64_t plane = 0; plane < planes; ++plane) {
-        for (int64_t v = 0; v < vectors; v += pv) {
-          const int64_t width = std::min(pv, vectors - v);
-          LiveTaps live_cols{plane, 1};
+      const LiveTaps live_rows = live_rows_of(rows, r);
+      CorrelateArgs<A> args = row_args(rows, r, staging + window.lead, window.pitch,
+                                       window.channel_stride, live_rows);
+      args.acc_stride = acc_plane();
+      args.first = steps == 0;
+      const A* row = args.x;
+      for_vector_blocks(ceil_div(tile.cols, lanes), [&](int64_t v, int64_t width) {
+        const int64_t pixels = std::min(width * lanes, tile.cols - v * lanes);
+        const LiveTaps live_cols = live_taps(tile.col + v * lanes, pixels, shape_.width,
+                                             shape_.kernel_w, source.dilation_w);
+        args.tap_cols = live_cols.count;
+        args.x = row + v * lanes + (live_cols.first - shape_.kernel_w / 2) * source.dilation_w;
+        for (int64_t k = channel; k < channel + channels; k += tiling_.blocking.out_block) {
+          const int64_t outs = aim_weights(rows, k, live_rows.first, live_cols.first, args);
+          args.acc = acc + (k - channel) * acc_plane() + r * tiling_.cols + v * lanes;
+          prefetcher.step();
+          kCorrelate<A>[outs - 1][width - 1](args);
+        }
+      });
+    }
+  }
+
+  /// The same on transformed rows: each plane is a product of its own without horizontal taps; the
+  /// products of a few vectors stay in L1 until the inverse transform adds them up.
+  void correlate_transformed(const Rows& rows, const A* transformed, A* acc,
+                             Prefetcher& prefetcher) const {
+    static thread_local Scratch memory;
+    constexpr int lanes = kLanes<A>;
+    const auto& [tile, source, window, chunk, steps, channel, channels] = rows;
+    const int64_t plane_step = tiling_.blocking.pixel_vectors * lanes;
+    A* products = memory.get<A>(tiling_.out_group * kWinogradPlanes * plane_step);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const LiveTaps live_rows = live_rows_of(rows, r);
+      CorrelateArgs<A> args = row_args(rows, r, transformed, kWinogradPlanes * window.pairs,
+                                       window.transformed_stride, live_rows);
+      args.acc_stride = kWinogradPlanes * plane_step;
+      args.first = true;
+      const A* row = args.x;
+      for_vector_blocks(window.pairs / lanes, [&](int64_t v, int64_t width) {
+        for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
           args.x = row + plane * window.pairs + v * lanes;
-          if (!window.winograd) {
-            const int64_t pixels = std::min(width * lanes, tile.cols - v * lanes);
-            live_cols = live_taps(tile.col + v * lanes, pixels, shape_.width, shape_.kernel_w,
-                                  source.dilation_w);
-            args.x += window.lead + (live_cols.first - shape_.kernel_w / 2) * source.dilation_w;
-          }
-          args.tap_cols = live_cols.count;
-          for (int64_t k = channel; k < channel + channels; k += kb) {
-            const int64_t outs = outputs_of(k / kb);
-            args.w_tap_row_step = weight_cols(window) * chunk * outs;
-            args.w = packed_ + k * steps_ + steps * outs + live_rows.first * args.w_tap_row_step +
-                     live_cols.first * chunk * outs;
-            args.acc = acc + (k - channel) * args.acc_stride +
-                       (plane * tiling_.rows + r) * acc_cols + v * lanes;
+          for (int64_t k = channel; k < channel + channels; k += tiling_.blocking.out_block) {
+            const int64_t outs = aim_weights(rows, k, live_rows.first, plane, args);
+            args.acc = products + (k - channel) * args.acc_stride + plane * plane_step;
+            prefetcher.step();
             kCorrelate<A>[outs - 1][width - 1](args);
           }
         }
-      }
+        for (int64_t k = 0; k < channels; ++k)
+          inverse_row(products + k * args.acc_stride, plane_step, v * lanes, width * lanes,
+                      source.dilation_w, steps == 0, acc + k * acc_plane() + r * tiling_.cols);
+      });
     }
   }
 
@@ -297,16 +413,19 @@ void run_all(std::vector<Convolution<T>>& convolutions) {
   }
   WorkQueue packing(packs), computing(tasks);
   auto body = [&] {
-    packing.work([&](int64_t i) {
+    packing.work([&](int64_t i, int64_t) {
       size_t c = 0;
       while (i >= convolutions[c].pack_tasks()) i -= convolutions[c++].pack_tasks();
       convolutions[c].pack(i);
     });
     packing.wait();
-    computing.work([&](int64_t i) {
+    computing.work([&](int64_t i, int64_t next) {
       size_t c = 0;
-      while (i >= convolutions[c].tasks()) i -= convolutions[c++].tasks();
-      convolutions[c].run(i);
+      while (i >= convolutions[c].tasks()) {
+        next -= convolutions[c].tasks();
+        i -= convolutions[c++].tasks();
+      }
+      convolutions[c].run(i, next < convolutions[c].tasks() ? next : -1);
     });
   };
   on_all_threads(body);

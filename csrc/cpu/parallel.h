@@ -24,10 +24,12 @@ class WorkQueue {
  public:
   explicit WorkQueue(int64_t count) : count_(count) {}
 
+  /// item(i, next): next is the item this thread will work on after i, -1 after its last.
   template <class F>
   void work(F&& item) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
-      item(i);
+    for (int64_t i = take(), next; i >= 0; i = next) {
+      next = take();
+      item(i, next);
       done_.fetch_add(1, std::memory_order_release);
     }
   }
@@ -37,6 +39,11 @@ class WorkQueue {
   }
 
  private:
+  int64_t take() {
+    const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+    return i < count_ ? i : -1;
+  }
+
   const int64_t count_;
   std::atomic<int64_t> next_{0}, done_{0};
 };

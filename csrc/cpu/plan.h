@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 namespace d3net::cpu {
 
+inline int64_t envi(const char*n,int64_t d){const char*e=std::getenv(n);return e?atoll(e):d;}
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -68,6 +70,7 @@ inline Blocking choose_blocking(int64_t out_channels, int64_t vectors, Machine m
       const double tail = vectors % pv ? step_cost(outs, vectors % pv) : 0.0;
       return static_cast<double>(vectors / pv) * step_cost(outs, pv) + tail;
     };
+    if(envi("KP",0)&&envi("KP",0)!=pv)continue;
     const double cost = static_cast<double>(blocks - 1) * row_cost(kb) + row_cost(last);
     if (best_cost == 0 || cost < best_cost) {
       best_cost = cost;
@@ -88,8 +91,9 @@ struct Tiling {
 };
 
 constexpr int64_t kAccumulatorBytes = 192 << 10;  // accumulators of a tile: part of L2
-constexpr int64_t kStagingBytes = 256 << 10;      // staged rows of a chunk of channels: part of L2
-constexpr int64_t kMaxTileVectors = 32;
+#define kStagingBytes (envi("KS",512)<<10)
+//      // staged rows of a chunk of channels: part of L2
+#define kMaxTileVectors envi("KV",16)
 constexpr int64_t kMaxOutGroup = 64;
 constexpr int64_t kWantedTasks = 16;  // enough to share among the cores of a desktop
 
@@ -112,7 +116,7 @@ inline Tiling choose_tiling(int64_t batch, int64_t height, int64_t width, int64_
   t.out_group = round_up(ceil_div(out_channels, t.out_groups), t.blocking.out_block);
   t.out_groups = ceil_div(out_channels, t.out_group);
 
-  t.rows = std::clamp<int64_t>(height, 1, 8);
+  t.rows = std::clamp<int64_t>(height, 1, envi("KR",4));
   auto too_large = [&] {
     const bool spills = t.out_group * t.rows * t.cols * element_bytes > kAccumulatorBytes;
     const int64_t tasks = batch * ceil_div(height, t.rows) * t.strips * t.out_groups;
@@ -176,7 +180,7 @@ constexpr int64_t kWinogradPlanes = 4;
 /// Winograd's transforms pay where enough products share them.
 inline bool prefers_winograd(int64_t batch, int64_t height, int64_t width, int64_t channels,
                              int64_t out_channels, int64_t kernel_w, Machine machine) {
-  return kernel_w == 3 && out_channels >= 8 && channels >= 8 && width > 3 * machine.lanes &&
+  return !envi("KW",0) && kernel_w == 3 && out_channels >= 8 && channels >= 8 && width > envi("KL",3) * machine.lanes &&
          batch * height > 0;
 }
 
@@ -210,6 +214,9 @@ inline Window choose_window(int64_t channels, int64_t kernel_h, int64_t kernel_w
   const int64_t hot = winograd ? w.transformed_stride : w.channel_stride;
   const int64_t most = std::clamp<int64_t>(kStagingBytes / (hot * element_bytes), 4, 64);
   w.chunk = ceil_div(channels, ceil_div(channels, most));
+  // Whole vectors of channels, so that interleaved channels are read once.
+  if (w.chunk < channels && most >= machine.lanes)
+    w.chunk = std::min(round_up(w.chunk, machine.lanes), most / machine.lanes * machine.lanes);
   return w;
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -161,19 +162,42 @@ D3NET_INLINE void store(float16* p, Vec<float> v) {
 /// The first n lanes from memory, zeros above; touches nothing beyond n elements.
 template <class A, class T>
 D3NET_INLINE Vec<A> load_first(const T* p, int64_t n) {
+#if D3NET_VECTOR_BYTES == 64
+  const auto mask = static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1);
+  if constexpr (std::is_same_v<T, float>) return (Vec<A>)_mm512_maskz_loadu_ps(mask, p);
+  if constexpr (std::is_same_v<T, double>)
+    return (Vec<A>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+#elif D3NET_VECTOR_BYTES == 32
+  const Mask<A> lanes = first_lanes<A>(n);
+  if constexpr (std::is_same_v<T, float>) return (Vec<A>)_mm256_maskload_ps(p, (__m256i)lanes);
+  if constexpr (std::is_same_v<T, double>) return (Vec<A>)_mm256_maskload_pd(p, (__m256i)lanes);
+#endif
   T buffer[kLanes<A>] = {};
-  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  for (int64_t i = 0; i < n && i < kLanes<A>; ++i) buffer[i] = p[i];
   return load<A>(buffer);
 }
 template <class A, class T>
 D3NET_INLINE void store_first(T* p, Vec<A> v, int64_t n) {
+#if D3NET_VECTOR_BYTES == 64
+  const auto mask = static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1);
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  if constexpr (std::is_same_v<T, double>)
+    return _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
+#elif D3NET_VECTOR_BYTES == 32
+  const Mask<A> lanes = first_lanes<A>(n);
+  if constexpr (std::is_same_v<T, float>)
+    return _mm256_maskstore_ps(p, (__m256i)lanes, (__m256)v);
+  if constexpr (std::is_same_v<T, double>)
+    return _mm256_maskstore_pd(p, (__m256i)lanes, (__m256d)v);
+#endif
   T buffer[kLanes<A>];
   store<A>(buffer, v);
-  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+  for (int64_t i = 0; i < n && i < kLanes<A>; ++i) p[i] = buffer[i];
 }
 
 template <class A, class T>
 D3NET_INLINE A load_one(const T* p) {
+  if constexpr (std::is_same_v<T, A>) return *p;
   return load_first<A>(p, 1)[0];
 }
 template <class A, class T>

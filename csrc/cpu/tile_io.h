@@ -59,12 +59,14 @@ D3NET_INLINE void fill_zero(A* begin, A* end) {
   if (begin < end) std::memset(begin, 0, static_cast<size_t>(end - begin) * sizeof(A));
 }
 
-/// Where one slot's row lies: in the map (null if outside), and in the buffer.
+/// Where one slot's row lies in the map and in the buffer; pointers are those of channel 0.
 template <class A, class T>
 struct RowCopy {
-  const T* from;   // channel 0, first column to copy
-  A* to;           // channel 0, same column
-  A *left, *right;  // the slot's zero-filled ends
+  const T* from;    // first column to copy
+  A* to;            // the same column
+  A *left, *right;  // the slot's ends; what is not copied between them becomes zero
+  int64_t stride;   // between channels in the buffer
+  int64_t count;    // columns to copy
 };
 
 /// Stages `channels` channels of x for a tile: slots as `window` lays them out, psi applied, zeros
@@ -82,22 +84,50 @@ class Stager {
 
   void stage(const Tile& tile, int64_t channel, int64_t channels, Activation<A> psi,
              A* out) const {
+    for (int64_t slot = 0; slot < window_.slots; ++slot)
+      if (holds_row(slot, tile))
+        stage_row(tile, slot, channel, channels, psi, out + slot * window_.pitch,
+                  window_.channel_stride);
+  }
+
+  /// One slot, which holds a row, of each channel; channels `stride` apart in `out`.
+  void stage_row(const Tile& tile, int64_t slot, int64_t channel, int64_t channels,
+                 Activation<A> psi, A* out, int64_t stride) const {
     const int64_t first = std::max<int64_t>(0, tile.col - window_.reach);
     const int64_t last = std::min(width_, tile.col + tiling_.cols + window_.reach);
+    const T* from = static_cast<const T*>(x_.data) + tile.image * x_.stride_n +
+                    channel * x_.stride_c + row_of(slot, tile) * x_.stride_h +
+                    first * x_.stride_w;
+    A* row = out + window_.lead;
+    const RowCopy<A, T> copy{from, row + (first - tile.col), row - window_.reach,
+                             row + tiling_.cols + window_.reach, stride, last - first};
+    if (x_.stride_w == 1 || width_ == 1)
+      copy_planar(copy, channels, psi);
+    else if (x_.stride_c == 1)
+      copy_interleaved(copy, channels, psi);
+    else
+      copy_strided(copy, channels, psi);
+  }
+
+  /// Calls run(address, bytes) for each run of memory that stage() would read, in its order.
+  template <class F>
+  void for_each_run(const Tile& tile, int64_t channel, int64_t channels, F&& run) const {
+    const int64_t first = std::max<int64_t>(0, tile.col - window_.reach);
+    const int64_t last = std::min(width_, tile.col + tiling_.cols + window_.reach);
+    const bool planar = x_.stride_w == 1;
+    if (!planar && x_.stride_c != 1) return;
+    const int64_t runs = planar ? channels : last - first, length = planar ? last - first : channels;
+    const int64_t stride = planar ? x_.stride_c : x_.stride_w;
     const T* image = static_cast<const T*>(x_.data) + tile.image * x_.stride_n +
                      channel * x_.stride_c + first * x_.stride_w;
     for (int64_t slot = 0; slot < window_.slots; ++slot) {
       if (!holds_row(slot, tile)) continue;
-      const int64_t y = row_of(slot, tile);
-      A* row = out + slot * window_.pitch + window_.lead;
-      const RowCopy<A, T> copy{image + y * x_.stride_h, row + (first - tile.col),
-                               row - window_.reach, row + tiling_.cols + window_.reach};
-      if (x_.stride_w == 1 || width_ == 1)
-        copy_planar(copy, channels, last - first, psi);
-      else if (x_.stride_c == 1)
-        copy_interleaved(copy, channels, last - first, psi);
+      const T* row = image + row_of(slot, tile) * x_.stride_h;
+      if (stride == length)
+        run(row, runs * length * static_cast<int64_t>(sizeof(T)));
       else
-        copy_strided(copy, channels, last - first, psi);
+        for (int64_t i = 0; i < runs; ++i)
+          run(row + i * stride, length * static_cast<int64_t>(sizeof(T)));
     }
   }
 
@@ -115,38 +145,38 @@ class Stager {
     return r < tile.rows ? tile.row - above + tap * dilation_h_ + r : -1;
   }
 
-  void zero_ends(const RowCopy<A, T>& copy, int64_t channel, int64_t count) const {
-    const int64_t offset = channel * window_.channel_stride;
+  static void zero_ends(const RowCopy<A, T>& copy, int64_t channel) {
+    const int64_t offset = channel * copy.stride;
     fill_zero(copy.left + offset, copy.to + offset);
-    fill_zero(copy.to + offset + count, copy.right + offset);
+    fill_zero(copy.to + offset + copy.count, copy.right + offset);
   }
 
-  void copy_planar(const RowCopy<A, T>& copy, int64_t channels, int64_t count,
-                   Activation<A> psi) const {
+  void copy_planar(const RowCopy<A, T>& copy, int64_t channels, Activation<A> psi) const {
+    const int64_t count = copy.count;
     const Vec<A> floor = broadcast(psi.floor());
     for (int64_t c = 0; c < channels; ++c) {
       const Vec<A> scale = broadcast(psi.scale ? psi.scale[c] : A{1});
       const Vec<A> shift = broadcast(psi.scale ? psi.shift[c] : A{0});
       const T* from = copy.from + c * x_.stride_c;
-      A* to = copy.to + c * window_.channel_stride;
+      A* to = copy.to + c * copy.stride;
       int64_t i = 0;
       for (; i + kN <= count; i += kN)
         store(to + i, activate<A>(load<A>(from + i), scale, shift, floor));
       if (i < count)
         store(to + i, activate<A>(load_first<A>(from + i, count - i), scale, shift, floor));
-      zero_ends(copy, c, count);
+      zero_ends(copy, c);
     }
   }
 
   /// Channels adjacent in memory: lanes are channels until a register transpose makes them pixels.
-  void copy_interleaved(const RowCopy<A, T>& copy, int64_t channels, int64_t count,
-                        Activation<A> psi) const {
+  void copy_interleaved(const RowCopy<A, T>& copy, int64_t channels, Activation<A> psi) const {
+    const int64_t count = copy.count;
     const Vec<A> floor = broadcast(psi.floor());
     for (int64_t c = 0; c < channels; c += kN) {
       const int64_t n = std::min<int64_t>(kN, channels - c);
       const Vec<A> scale = psi.scale ? load_first<A>(psi.scale + c, n) : broadcast(A{1});
       const Vec<A> shift = psi.scale ? load_first<A>(psi.shift + c, n) : Vec<A>{};
-      A* to = copy.to + c * window_.channel_stride;
+      A* to = copy.to + c * copy.stride;
       for (int64_t i = 0; i < count; i += kN) {
         Vec<A> block[kN] = {};
         const int64_t pixels = std::min<int64_t>(kN, count - i);
@@ -160,24 +190,24 @@ class Stager {
             block[p] = activate<A>(load_first<A>(from + p * x_.stride_w, n), scale, shift, floor);
         }
         transpose<A>(block);
-        for (int64_t k = 0; k < n; ++k) store(to + k * window_.channel_stride + i, block[k]);
+        for (int64_t k = 0; k < n; ++k) store(to + k * copy.stride + i, block[k]);
       }
     }
-    for (int64_t c = 0; c < channels; ++c) zero_ends(copy, c, count);
+    for (int64_t c = 0; c < channels; ++c) zero_ends(copy, c);
   }
 
-  void copy_strided(const RowCopy<A, T>& copy, int64_t channels, int64_t count,
-                    Activation<A> psi) const {
+  void copy_strided(const RowCopy<A, T>& copy, int64_t channels, Activation<A> psi) const {
+    const int64_t count = copy.count;
     const Vec<A> floor = broadcast(psi.floor());
     for (int64_t c = 0; c < channels; ++c) {
       const Vec<A> scale = broadcast(psi.scale ? psi.scale[c] : A{1});
       const Vec<A> shift = broadcast(psi.scale ? psi.shift[c] : A{0});
       for (int64_t i = 0; i < count; ++i) {
         const A value = load_one<A>(copy.from + c * x_.stride_c + i * x_.stride_w);
-        copy.to[c * window_.channel_stride + i] =
+        copy.to[c * copy.stride + i] =
             activate<A>(broadcast(value), scale, shift, floor)[0];
       }
-      zero_ends(copy, c, count);
+      zero_ends(copy, c);
     }
   }
 

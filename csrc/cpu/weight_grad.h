@@ -44,9 +44,9 @@ class WeightGradient {
     partial_ = memory.get<A>(parts_ * p_.out_channels * row_);
     WorkQueue summing(parts_ * tiling_.out_groups), adding(p_.out_channels);
     auto body = [&] {
-      summing.work([&](int64_t i) { sum_part(i / tiling_.out_groups, i % tiling_.out_groups); });
+      summing.work([&](int64_t i, int64_t) { sum_part(i / tiling_.out_groups, i % tiling_.out_groups); });
       summing.wait();
-      adding.work([&](int64_t k) { add_parts(k, weight, bias); });
+      adding.work([&](int64_t k, int64_t) { add_parts(k, weight, bias); });
     };
     on_all_threads(body);
   }

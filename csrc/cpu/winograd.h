@@ -88,36 +88,36 @@ void transform_row(const A* row, int64_t pairs, int64_t dilation, A* parts, A* v
   }
 }
 
-/// The four m planes to a row of outputs, added to what is there unless `first`.
+/// The four m planes of pairs first .. first + pairs of a row to its outputs, added to what is
+/// there unless `overwrite`.
 template <class A>
-void inverse_row(const A* m, int64_t plane, int64_t pairs, int64_t dilation, bool first, A* row) {
+void inverse_row(const A* m, int64_t plane, int64_t first, int64_t pairs, int64_t dilation,
+                 bool overwrite, A* row) {
   constexpr int lanes = kLanes<A>;
   for_run<A>(dilation, [&](auto run) __attribute__((always_inline)) {
     for (int64_t i = 0; i < pairs; i += lanes) {
       const Vec<A> m1 = load(m + plane + i), m2 = load(m + 2 * plane + i);
       Vec<A> low = load(m + i) + m1 + m2, high = m1 - m2 - load(m + 3 * plane + i);
-      A* to = row + even_column<lanes>(i, dilation);
+      A* to = row + even_column<lanes>(first + i, dilation);
       const int64_t distance = run == lanes ? dilation : lanes;
       if constexpr (run != lanes) {
         const Vec<A> even = low, odd = high;
         low = shuffle<Merge<lanes, run, 0>>(even, odd);
         high = shuffle<Merge<lanes, run, 1>>(even, odd);
       }
-      store(to, first ? low : load(to) + low);
-      store(to + distance, first ? high : load(to + distance) + high);
+      store(to, overwrite ? low : load(to) + low);
+      store(to + distance, overwrite ? high : load(to + distance) + high);
     }
   });
 }
 
-/// u_i of three neighbouring taps.
+/// u_0 .. u_3 of three neighbouring taps.
 template <class A>
-D3NET_INLINE A transform_weight(int i, A w0, A w1, A w2) {
-  switch (i) {
-    case 0: return w0;
-    case 1: return (w0 + w1 + w2) / 2;
-    case 2: return (w0 - w1 + w2) / 2;
-    default: return w2;
-  }
+D3NET_INLINE void transform_weights(A w0, A w1, A w2, A* u, int64_t step) {
+  u[0] = w0;
+  u[step] = (w0 + w1 + w2) / 2;
+  u[2 * step] = (w0 - w1 + w2) / 2;
+  u[3 * step] = w2;
 }
 
 }  // namespace d3net::cpu::D3NET_ISA

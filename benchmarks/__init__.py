@@ -1,0 +1,1 @@
+"""Speed of the fused operations against every form that plain torch offers."""

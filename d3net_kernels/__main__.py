@@ -1,0 +1,92 @@
+"""What is here (info), and whether it computes the right numbers (verify)."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+import warnings
+
+import torch
+
+from . import __version__, _binary, backends, numerics
+from .functional import multidilated_conv2d
+
+# Sources' channels, growth rate, (N, H, W): odd sizes, one source, dilations beyond the map.
+_VERIFIED = (
+    ([5], 7, (2, 9, 11)),
+    ([16, 12, 12], 12, (1, 17, 24)),
+    ([7, 3, 3, 3, 3, 3], 3, (2, 6, 35)),
+)
+
+
+def info() -> int:
+    """Print versions, the binary and every backend."""
+    rows = {
+        "d3net_kernels": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "binary": str(_binary.PATH) if _binary.missing is None else "none",
+        "threads": str(torch.get_num_threads()),
+    }
+    if _binary.missing is None:
+        rows["instruction set"] = torch.ops.d3net_kernels.cpu_isa("")
+    for name in backends.NAMES:
+        reason = backends.why_not(name)
+        rows[f"backend {name}"] = "available" if reason is None else f"not available: {reason}"
+    for name, value in rows.items():
+        print(f"{name:<18}{value}")
+    return 0
+
+
+def verify() -> int:
+    """Compare every available backend with float64; 1 where one is wrong."""
+    generator = torch.Generator()
+    print(f"random numbers of seed {generator.seed()}")
+    wrong = 0
+    for name in backends.NAMES:
+        if backends.why_not(name) is not None:
+            continue
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            start = time.perf_counter()
+            ratio = max(_worst_ratio(name, dtype, generator, *shape) for shape in _VERIFIED)
+            seconds = time.perf_counter() - start
+            verdict = "ok" if ratio <= 1 else "WRONG"
+            wrong += ratio > 1
+            print(
+                f"{name:<10} {str(dtype).removeprefix('torch.'):<9} {verdict:<5} "
+                f"error / allowed = {ratio:.3f}  ({seconds:.1f} s)"
+            )
+    return 1 if wrong else 0
+
+
+def _worst_ratio(
+    backend: str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    channels: list[int],
+    out_channels: int,
+    size: tuple[int, int, int],
+) -> float:
+    problem = numerics.random_problem(
+        channels, out_channels, size, generator=generator, dtype=dtype, psi_dtype=dtype
+    )
+    with backends.use_backend(backend):
+        results = numerics.results_of(multidilated_conv2d, problem)
+    return max(numerics.error_ratios(problem, results).values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m d3net_kernels", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (info, verify):
+        commands.add_parser(command.__name__, help=command.__doc__).set_defaults(run=command)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="d3net_kernels runs on plain torch")
+        return int(parser.parse_args(arguments).run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Finds and loads the compiled kernels, and keeps the reason where that is not possible."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+PATH = Path(__file__).with_name("_C.abi3.so")
+OLDEST_TORCH = (2, 10)
+
+_HOW_TO_BUILD = (
+    "install torch and a C++ compiler first, then `pip install --no-build-isolation d3net-kernels` "
+    "(in a source tree: `make`)"
+)
+_warned: set[str] = set()
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _load() -> str | None:
+    """Load the binary; None on success, else the reason why there are no compiled kernels."""
+    if not PATH.exists():
+        return f"there is no compiled binary at {PATH}: {_HOW_TO_BUILD}"
+    if _torch_version() < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"the binary needs torch >= {oldest}, this is torch {torch.__version__}"
+    try:
+        torch.ops.load_library(PATH)
+    except OSError as error:
+        return f"{PATH} does not load here ({error}); to rebuild it: {_HOW_TO_BUILD}"
+    return None
+
+
+def warn_once(reason: str) -> None:
+    """Say once per process and reason that the slower plain torch kernels serve."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"d3net_kernels runs on plain torch operations: {reason}", stacklevel=2)
+
+
+missing: str | None = _load()
+"""Why the compiled kernels are not there; None where they are."""

@@ -1,0 +1,25 @@
+"""Memory layout of results, the one rule that kernels and fake kernels share.
+
+Strides are spelled out instead of using torch.channels_last, which is ambiguous where C or H*W is
+1 and would let a fake tensor and a real one disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether the channels of `t` (N, C, H, W) are adjacent in memory and order matters."""
+    _, channels, height, width = t.shape
+    return bool(t.stride(1) == 1 and channels > 1 and height * width > 1)
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A dense tensor of `shape` (N, C, H, W) with dtype, device and channel order of `like`."""
+    n, c, h, w = shape
+    strides = (c * h * w, 1, w * c, c) if is_channels_last(like) else (c * h * w, h * w, w, 1)
+    return torch.empty_strided((n, c, h, w), strides, dtype=like.dtype, device=like.device)

@@ -1,0 +1,80 @@
+"""Which implementation serves a call: chosen by the dispatcher, or forced by the user.
+
+Left alone, torch's dispatcher picks the compiled kernel for the tensors' device and falls back to
+the plain torch kernels of `composite`. `use_backend` or D3NET_KERNELS_BACKEND force one backend and
+turn its absence into an error; "reference" is plain torch with plain torch autograd.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import composite, cpu, cuda, triton
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+_PREDICATES = {
+    "cpu": cpu.why_not,
+    "cuda": cuda.why_not,
+    "triton": triton.why_not,
+    "reference": composite.why_not,
+}
+
+# A plain global and not a ContextVar: torch.compile guards on it, so a compiled function follows.
+_forced: str | None = os.environ.get("D3NET_KERNELS_BACKEND") or None
+
+
+class use_backend:  # noqa: N801 (used like a function)
+    """Context manager that forces one backend: "cpu", "cuda", "triton" or "reference".
+
+    It holds for the calls made inside, in every thread; their backward passes follow wherever
+    they run.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend is not available here; the message says why.
+    """
+
+    def __init__(self, name: str) -> None:
+        _require(name, ())
+        self.name = name
+        self._before: list[str | None] = []
+
+    def __enter__(self) -> None:
+        global _forced
+        self._before.append(_forced)
+        _forced = self.name
+
+    def __exit__(self, *error: object) -> None:
+        global _forced
+        _forced = self._before.pop()
+
+
+def why_not(backend: str, *tensors: Tensor) -> str | None:
+    """Why `backend` cannot serve `tensors` (or any tensor at all, if none are given), else None.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if backend not in _PREDICATES:
+        raise ValueError(f"there is no backend {backend!r}; accepted are {', '.join(NAMES)}")
+    return _PREDICATES[backend](tensors)
+
+
+def reference_is_forced(tensors: Sequence[Tensor]) -> bool:
+    """Whether plain torch must serve this call; raises where a forced backend cannot."""
+    if _forced is None:
+        return False
+    if _forced not in _PREDICATES:
+        raise ValueError(f"D3NET_KERNELS_BACKEND is {_forced!r}; accepted are {', '.join(NAMES)}")
+    _require(_forced, tensors)
+    return _forced == "reference"
+
+
+def _require(name: str, tensors: Sequence[Tensor]) -> None:
+    reason = why_not(name, *tensors)
+    if reason is not None:
+        raise RuntimeError(f"the {name} backend is not available: {reason}")

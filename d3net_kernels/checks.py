@@ -1,0 +1,270 @@
+"""Every check of a public argument, and nothing else: what was given, what is accepted, what to do.
+
+Only sizes that must agree are compared, so that tracing with symbolic sizes keeps them symbolic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Dilations: TypeAlias = Sequence[int | tuple[int, int]]
+
+ACCEPTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def problem(
+    inputs: Sequence[Tensor] | Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilations: Dilations | None,
+    group_channels: Sequence[int] | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> tuple[list[Tensor], list[int]]:
+    """Check one call of the op; return its sources and flat dilations (dh0, dw0, dh1, ...).
+
+    Raises:
+        TypeError: an argument, an element or a dtype is of the wrong kind.
+        ValueError: sizes, devices or dilations do not fit together.
+    """
+    sources = split_sources(inputs, group_channels)
+    channels = _sources_agree(sources)
+    first = sources[0]
+    _tensor("weight", weight)
+    if weight.dim() != 4:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; accepted is (K, sum of C_i, kh, kw)"
+        )
+    out_channels, weight_channels, kernel_h, kernel_w = weight.shape
+    if weight_channels != channels:
+        raise ValueError(
+            f"weight has {weight_channels} input channels, but the inputs have {channels} in all "
+            f"({[x.shape[1] for x in sources]}); pass a weight of shape (K, {channels}, kh, kw)"
+        )
+    if kernel_h % 2 != 1 or kernel_w % 2 != 1:
+        raise ValueError(
+            f"weight has a {kernel_h} x {kernel_w} kernel; accepted are odd heights and widths "
+            "(the padding is 'same')"
+        )
+    if out_channels < 1:
+        raise ValueError("weight has 0 output channels; at least 1 is needed")
+    _same_place("weight", weight, first)
+    if bias is not None:
+        _tensor("bias", bias)
+        if bias.dim() != 1 or bias.shape[0] != out_channels:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; accepted is ({out_channels},)")
+        _same_place("bias", bias, first)
+    _psi(scale, shift, relu, channels, first)
+    return sources, flat_dilations(dilations, len(sources))
+
+
+def split_sources(
+    inputs: Sequence[Tensor] | Tensor, group_channels: Sequence[int] | None
+) -> list[Tensor]:
+    """The list of sources; one tensor is cut along its channels into views, without a copy."""
+    if isinstance(inputs, Tensor):
+        return _cut(inputs, group_channels)
+    if not isinstance(inputs, (list, tuple)):
+        raise TypeError(
+            f"inputs is a {type(inputs).__name__}; accepted are a list or tuple of tensors "
+            "(N, C_i, H, W), or one tensor with group_channels"
+        )
+    if group_channels is not None:
+        raise ValueError(
+            "group_channels was given with a list of inputs; it belongs to one concatenated "
+            "tensor, leave it out here"
+        )
+    if not inputs:
+        raise ValueError("inputs is empty; at least one source (N, C_0, H, W) is needed")
+    return list(inputs)
+
+
+def flat_dilations(dilations: Dilations | None, sources: int) -> list[int]:
+    """Dilations as dh0, dw0, dh1, dw1, ...; None stands for 2**i, the paper's choice (eq. 2)."""
+    if dilations is None:
+        return [1 << i for i in range(sources) for _ in (0, 1)]
+    if not isinstance(dilations, (list, tuple)):
+        raise TypeError(
+            f"dilations is a {type(dilations).__name__}; accepted is a list with one int or "
+            "(dh, dw) per source, or None for 2**i"
+        )
+    if len(dilations) != sources:
+        raise ValueError(
+            f"dilations has {len(dilations)} entries for {sources} source(s); give one per source"
+        )
+    flat: list[int] = []
+    for i, dilation in enumerate(dilations):
+        pair = dilation if isinstance(dilation, (list, tuple)) else (dilation, dilation)
+        if len(pair) != 2 or not (_is_int(pair[0]) and _is_int(pair[1])):
+            raise TypeError(f"dilations[{i}] is {dilation!r}; accepted are an int or (dh, dw)")
+        if not (1 <= pair[0] < 2**31 and 1 <= pair[1] < 2**31):
+            raise ValueError(f"dilations[{i}] is {dilation!r}; accepted are 1 <= dilation < 2**31")
+        flat += pair
+    return flat
+
+
+def block_input(x: Tensor, weight: Tensor, batch_statistics: bool) -> None:
+    """Check what enters a D2 block, before it updates its running statistics.
+
+    `weight` is that of the source 0; `batch_statistics` says whether any norm takes them.
+    """
+    _source("x", x)
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, but this D2 block was made for {weight.shape[1]}"
+        )
+    _same_place("weight of source 0", weight, x, "x")
+    if batch_statistics and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; batch statistics need more than one value per channel "
+            "(use eval() or larger maps)"
+        )
+
+
+def block_options(norm: str, out_layers: int | None, layers: int) -> int:
+    """Check the choices of a D2 block; return how many layers leave it."""
+    if norm not in ("per_source", "per_layer"):
+        raise ValueError(f"norm is {norm!r}; accepted are 'per_source' and 'per_layer'")
+    if out_layers is None:
+        return layers
+    if positive_int("out_layers", out_layers) > layers:
+        raise ValueError(f"out_layers is {out_layers}; accepted are 1..{layers}, or None for all")
+    return out_layers
+
+
+def positive_int(name: str, value: int) -> int:
+    """`value` if it is an int >= 1."""
+    if not _is_int(value):
+        raise TypeError(f"{name} is {value!r}; accepted is an int >= 1")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; accepted are integers >= 1")
+    return value
+
+
+def positive_ints(name: str, values: Sequence[int]) -> list[int]:
+    """`values` as a list if it is a list or tuple of ints >= 1 with at least one entry."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} is a {type(values).__name__}; accepted is a list of ints >= 1")
+    if not values:
+        raise ValueError(f"{name} is empty; give one entry per source")
+    return [positive_int(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def kernel_size(value: int | tuple[int, int]) -> tuple[int, int]:
+    """(kh, kw) from an int or a pair, both odd."""
+    pair = value if isinstance(value, (list, tuple)) else (value, value)
+    if len(pair) != 2 or not (_is_int(pair[0]) and _is_int(pair[1])):
+        raise TypeError(f"kernel_size is {value!r}; accepted are an odd int or (kh, kw)")
+    if min(pair) < 1 or pair[0] % 2 == 0 or pair[1] % 2 == 0:
+        raise ValueError(f"kernel_size is {value!r}; accepted are odd sizes >= 1")
+    return pair[0], pair[1]
+
+
+def _cut(x: Tensor, group_channels: Sequence[int] | None) -> list[Tensor]:
+    if group_channels is None:
+        raise ValueError(
+            "inputs is one tensor but group_channels is None; give group_channels=[C_0, C_1, ...], "
+            "or wrap a single source in a list"
+        )
+    _source("inputs", x)
+    groups = positive_ints("group_channels", group_channels)
+    if sum(groups) != x.shape[1]:
+        raise ValueError(
+            f"group_channels {groups} add up to {sum(groups)}, but inputs has {x.shape[1]} "
+            "channels; they must be equal"
+        )
+    sources, start = [], 0
+    for group in groups:
+        sources.append(x.narrow(1, start, group))
+        start += group
+    return sources
+
+
+def _sources_agree(sources: list[Tensor]) -> int:
+    """Check every source against the first; return the sum of their channels."""
+    first = sources[0]
+    _source("inputs[0]", first)
+    batch, channels, height, width = first.shape
+    dtype, device = first.dtype, first.device
+    if channels < 1:
+        raise ValueError("inputs[0] has 0 channels; every source needs at least 1")
+    for i in range(1, len(sources)):
+        x = sources[i]
+        _source(f"inputs[{i}]", x)
+        n, c, h, w = x.shape
+        if n != batch or h != height or w != width:
+            raise ValueError(
+                f"inputs[{i}] has shape {tuple(x.shape)} and inputs[0] {tuple(first.shape)}; "
+                "all sources must share N, H and W"
+            )
+        if c < 1:
+            raise ValueError(f"inputs[{i}] has 0 channels; every source needs at least 1")
+        if x.dtype != dtype or x.device != device:
+            _same_place(f"inputs[{i}]", x, first)
+        channels += c
+    return channels
+
+
+def _source(name: str, x: Tensor) -> None:
+    _tensor(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted is (N, C, H, W)")
+
+
+def _tensor(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}; accepted is a torch.Tensor")
+    if t.dtype not in ACCEPTED_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {t.dtype}; accepted are float32, float64, bfloat16 and float16"
+        )
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {t.layout}; accepted are dense tensors (to_dense())")
+
+
+def _same_place(name: str, t: Tensor, first: Tensor, first_name: str = "inputs[0]") -> None:
+    """Same device and dtype as `first`; under autocast the dtypes are made equal later."""
+    if t.device != first.device:
+        raise ValueError(
+            f"{name} is on {t.device} and {first_name} on {first.device}; "
+            "all tensors must be on one device"
+        )
+    if t.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+        raise TypeError(
+            f"{name} has dtype {t.dtype} and {first_name} {first.dtype}; they must be equal "
+            "(or run under torch.autocast)"
+        )
+
+
+def _psi(
+    scale: Tensor | None, shift: Tensor | None, relu: bool, channels: int, first: Tensor
+) -> None:
+    if not isinstance(relu, bool):
+        raise TypeError(f"relu is {relu!r}; accepted are True and False")
+    if scale is None and shift is None:
+        return
+    if scale is None or shift is None:
+        given, missing = ("shift", "scale") if scale is None else ("scale", "shift")
+        raise ValueError(f"{given} was given without {missing}; give both or neither")
+    for name, t in (("scale", scale), ("shift", shift)):
+        _tensor(name, t)
+        if t.dim() != 1 or t.shape[0] != channels:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}; accepted is ({channels},), one entry per "
+                "input channel"
+            )
+        if t.dtype != torch.float32 or t.device != first.device:
+            _same_place(name, t, first)
+    if scale.dtype != shift.dtype:
+        raise TypeError(
+            f"scale has dtype {scale.dtype} and shift {shift.dtype}; they must be equal"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,63 @@
+"""The operations as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import backends, checks, ops, reference
+
+
+def multidilated_conv2d(
+    inputs: Sequence[Tensor] | Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilations: checks.Dilations | None = None,
+    group_channels: Sequence[int] | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    r"""Sum over the sources of one dilated convolution each, with BN affine and ReLU on load.
+
+    .. math:: out = bias + \sum_i conv(psi(x_i), weight_i, dilation=d_i), \quad
+              psi(x) = relu(x \cdot scale + shift)
+
+    Stride 1 and "same" padding: zeros are padded after psi, also where shift > 0.
+    Takahashi & Mitsufuji, CVPR 2021, eq. 2.
+
+    Args:
+        inputs: one tensor (N, C_i, H, W) per source, any strides; or one tensor
+            (N, sum C_i, H, W) together with `group_channels`.
+        weight: (K, sum C_i, kh, kw), kh and kw odd; the groups in the order of the sources.
+        bias: (K,) or None.
+        dilations: one int or (dh, dw) per source; None for 2**i.
+        group_channels: C_0, C_1, ... where `inputs` is one tensor; it is not copied.
+        scale: (sum C_i,), the factor of psi; goes together with `shift`.
+        shift: (sum C_i,), the summand of psi.
+        relu: whether psi ends in a ReLU (also without scale and shift). NaN passes through it.
+
+    Returns:
+        (N, K, H, W), in channels_last memory order where inputs[0] is, else contiguous.
+
+    inputs, weight and bias share one dtype of float32, float64, bfloat16, float16 (under autocast
+    they are made to); scale and shift have that dtype or float32. bfloat16 and float16 accumulate
+    in float32.
+
+    Raises:
+        TypeError: an argument or its dtype is of the wrong kind.
+        ValueError: sizes, devices or dilations do not fit together.
+        RuntimeError: a forced backend cannot serve these tensors.
+    """
+    sources, flat = checks.problem(
+        inputs, weight, bias, dilations, group_channels, scale, shift, relu
+    )
+    if backends.reference_is_forced(sources):
+        pairs = list(zip(flat[::2], flat[1::2], strict=True))
+        return reference.multidilated_conv2d(
+            sources, weight, bias, dilations=pairs, scale=scale, shift=shift, relu=relu
+        )
+    out: Tensor = ops.multidilated_conv2d(sources, weight, bias, flat, scale, shift, relu)
+    return out

@@ -1,0 +1,185 @@
+"""The operations as modules; their state_dict does not depend on the backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .block import ConvParams, D2Params, Norm, NormParams, d2_block
+from .functional import multidilated_conv2d
+
+
+class MultidilatedConv2d(nn.Module):
+    """A convolution over several sources, each with its own dilation, summed up.
+
+    Takahashi & Mitsufuji, CVPR 2021, eq. 2 without psi; "same" zero padding, stride 1.
+
+    Args:
+        in_channels: [C_0, C_1, ...], one per source.
+        out_channels: K.
+        kernel_size: odd, an int or (kh, kw).
+        dilations: one int or (dh, dw) per source; None for 2**i.
+        bias: whether there is a bias.
+
+    Parameters: weight (K, sum C_i, kh, kw) and bias (K,), initialised as those of nn.Conv2d.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        dilations: checks.Dilations | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = checks.positive_ints("in_channels", in_channels)
+        self.out_channels = checks.positive_int("out_channels", out_channels)
+        self.kernel_size = checks.kernel_size(kernel_size)
+        flat = checks.flat_dilations(dilations, len(self.in_channels))
+        self.dilations = list(zip(flat[::2], flat[1::2], strict=True))
+        shape = (out_channels, sum(self.in_channels), *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = (
+            nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as nn.Conv2d does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, inputs: Sequence[Tensor] | Tensor) -> Tensor:
+        """The sources as a list of (N, C_i, H, W) or concatenated; returns (N, K, H, W)."""
+        return multidilated_conv2d(
+            inputs,
+            self.weight,
+            self.bias,
+            dilations=self.dilations,
+            group_channels=self.in_channels if isinstance(inputs, Tensor) else None,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"dilations={self.dilations}, bias={self.bias is not None}"
+        )
+
+
+class D2Block(nn.Module):
+    """A multidilated dense block: every layer reads all earlier ones, source i with dilation 2**i.
+
+    Takahashi & Mitsufuji, CVPR 2021, eq. 2 and 3; x_0 is the input and x_l, l = 1..L, has k
+    channels. See :func:`d3net_kernels.d2_block` for what is computed and kept.
+
+    Args:
+        in_channels: C_0.
+        growth_rate: k.
+        num_layers: L.
+        out_layers: how many of the last layers to return, 1..L; None for all.
+        norm: "per_source" (one batch normalisation of a source, shared by its layers, as in the
+            official release) or "per_layer" (eq. 2 read literally).
+        bias, eps, momentum: as in nn.Conv2d and nn.BatchNorm2d.
+
+    `convs[i]` (k (L - i) output channels: a slot for each layer that reads source i) and `norms[i]`
+    hold the parameters in the order of the official weights; they are never called themselves, so
+    hooks on them do not run. A norm in eval mode or without gradients is frozen also while the
+    block trains.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        growth_rate: int,
+        num_layers: int,
+        *,
+        out_layers: int | None = None,
+        norm: Norm = "per_source",
+        bias: bool = True,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = checks.positive_int("in_channels", in_channels)
+        self.growth_rate = checks.positive_int("growth_rate", growth_rate)
+        self.num_layers = checks.positive_int("num_layers", num_layers)
+        self.out_layers = checks.block_options(norm, out_layers, num_layers)
+        self.norm = norm
+        self.norms = nn.ModuleList()
+        self.convs = nn.ModuleList()
+        for i in range(num_layers):
+            channels = in_channels if i == 0 else growth_rate
+            read = in_channels + i * growth_rate if norm == "per_layer" else channels
+            self.norms.append(
+                nn.BatchNorm2d(read, eps=eps, momentum=momentum, device=device, dtype=dtype)
+            )
+            self.convs.append(
+                nn.Conv2d(
+                    channels,
+                    growth_rate * (num_layers - i),
+                    3,
+                    padding=1 << i,
+                    dilation=1 << i,
+                    bias=bias,
+                    device=device,
+                    dtype=dtype,
+                )
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_0 (N, C_0, H, W) to the last layers' raw outputs, (N, k * out_layers, H, W)."""
+        convs = [_conv_params(conv) for conv in self.convs]
+        batch_statistics = any(_takes_batch_statistics(norm) for norm in self.norms)
+        checks.block_input(x, convs[0].weight, batch_statistics)  # before the norms count the batch
+        norms = [_norm_params(norm) for norm in self.norms]
+        return d2_block(x, D2Params(convs, norms), norm=self.norm, out_layers=self.out_layers)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, growth_rate={self.growth_rate}, num_layers={self.num_layers}, "
+            f"out_layers={self.out_layers}, norm={self.norm!r}"
+        )
+
+
+def _conv_params(conv: nn.Module) -> ConvParams:
+    assert isinstance(conv, nn.Conv2d)
+    return ConvParams(conv.weight, conv.bias)
+
+
+def _takes_batch_statistics(norm: nn.Module) -> bool:
+    if not isinstance(norm, nn.BatchNorm2d):
+        raise TypeError(
+            f"a norm of this D2Block is a {type(norm).__name__}; accepted is nn.BatchNorm2d (batch "
+            "statistics are those of one process, do not convert the block to SyncBatchNorm)"
+        )
+    return norm.training or norm.running_mean is None
+
+
+def _norm_params(norm: nn.Module) -> NormParams:
+    """What nn.BatchNorm2d would do with its next batch; counts the batch as it does."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # a tensor, so that the cumulative average does not synchronise
+            momentum = 1 / norm.num_batches_tracked.to(norm.weight.dtype)
+    return NormParams(
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        _takes_batch_statistics(norm),
+        momentum,
+        norm.eps,
+    )

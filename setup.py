@@ -1,0 +1,120 @@
+"""Builds the one binary, ``d3net_kernels/_C.abi3.so``; everything else is in pyproject.toml.
+
+An install never fails for the binary's sake: where it cannot be built (no torch at build time, no
+compiler, a compile error) a pure-Python wheel is made, and one line says why and how to get the
+compiled one.
+
+Environment: D3NET_KERNELS_REQUIRE_BINARY=1 turns that line into an error; MAX_JOBS and CXX mean
+what they mean for every torch extension.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+ADVICE = (
+    "for the compiled one install a C++20 compiler, torch>=2.10 and setuptools, then run: "
+    "pip install --no-build-isolation --force-reinstall --no-deps ."
+)
+OLDEST_TORCH = (2, 10)
+BYTES_PER_JOB = 3 * 2**29  # what one compiler may take: torch headers and unrolled kernels
+COMPILE_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+    "-fvisibility=hidden",
+    # Only what the stable ABI of the oldest torch has: the binary then loads in every later one.
+    f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
+]
+
+
+class BinaryUnavailableError(Exception):
+    """The binary cannot be built here; the message is the reason."""
+
+
+def available_memory() -> int:
+    """Bytes of memory a build may use: the machine's, or the container's limit if lower."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(name).read_text()))
+        except (OSError, ValueError):  # no such cgroup, or "max"
+            continue
+    return min(limits)
+
+
+def compile_jobs() -> int:
+    """How many compilers may run at once: one a core, fewer when memory is short."""
+    pinned = hasattr(os, "sched_getaffinity")  # Linux only
+    cores = len(os.sched_getaffinity(0)) if pinned else os.cpu_count() or 1
+    return max(1, min(cores, available_memory() // BYTES_PER_JOB))
+
+
+def files(folder: str, pattern: str) -> list[str]:
+    """Paths relative to this file, as setuptools wants them, in one order on every machine."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob(pattern))
+
+
+def extension_arguments() -> dict[str, Any]:
+    """What setup() needs to build the binary, or BinaryUnavailableError where it cannot work."""
+    if os.name != "posix":
+        raise BinaryUnavailableError("compiled kernels are built on Linux and macOS only")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise BinaryUnavailableError("free-threaded Python has no stable ABI")
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except Exception as error:  # a broken torch raises more than ImportError
+        raise BinaryUnavailableError(f"torch cannot be imported by the build ({error})") from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise BinaryUnavailableError(f"torch {torch.__version__} is older than 2.10")
+
+    class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # An editable install would build in a fresh temporary folder each time:
+            # keep the objects, so that only what changed is compiled again.
+            self.build_temp = str(ROOT / "build" / f"objects-torch{torch.__version__}")
+
+        def run(self) -> None:
+            try:
+                os.environ.setdefault("MAX_JOBS", str(compile_jobs()))
+                super().run()
+            except (Exception, SystemExit) as error:
+                raise BinaryUnavailableError(f"the C++ build failed ({error})") from error
+
+    binary = CppExtension(
+        "d3net_kernels._C",
+        ["csrc/registration.cpp", *files("csrc/cpu", "*.cpp")],
+        include_dirs=[str(ROOT / "csrc")],
+        depends=files("csrc", "**/*.h"),
+        extra_compile_args={"cxx": COMPILE_FLAGS},
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [binary],
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+BUILDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install"}
+if BUILDS.isdisjoint(sys.argv):  # metadata and source distributions need no torch
+    setup()
+else:
+    try:
+        setup(**extension_arguments())
+    except BinaryUnavailableError as reason:
+        if os.environ.get("D3NET_KERNELS_REQUIRE_BINARY") == "1":
+            sys.exit(f"d3net-kernels: {reason}; {ADVICE}")
+        print(f"d3net-kernels: pure-Python build: {reason}; {ADVICE}", file=sys.stderr)
+        setup()

@@ -1,0 +1,33 @@
+"""Fresh random numbers in every session, repeatable by the seed in the header."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("D3NET_KERNELS_TEST_SEED") or secrets.randbits(31))
+
+
+def pytest_report_header() -> str:
+    return f"d3net_kernels: D3NET_KERNELS_TEST_SEED={SEED}, torch {torch.__version__}"
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Random numbers of this test: the session's seed and the test's own name."""
+    return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Seed torch's global generator too, and use one thread: the problems are small."""
+    torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
