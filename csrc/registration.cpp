@@ -34,7 +34,8 @@ DType dtype_of(const Tensor& t) {
     case ScalarType::Half: return DType::float16;
     default: break;
   }
-  STD_TORCH_CHECK(false, "multidilated_conv2d: dtype must be float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(false,
+                  "multidilated_conv2d: dtype must be float32, float64, bfloat16 or float16");
 }
 
 View view_of(const Tensor& t) {
@@ -49,14 +50,14 @@ bool is_channels_last(const Tensor& t) {
 Tensor new_empty(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
                  bool channels_last) {
   const Ints size{n, c, h, w};
-  const Ints stride =
-      channels_last ? Ints{c * h * w, 1, w * c, c} : Ints{c * h * w, h * w, w, 1};
+  const Ints stride = channels_last ? Ints{c * h * w, 1, w * c, c} : Ints{c * h * w, h * w, w, 1};
   using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{
-      from(size),         from(stride),
-      from(std::optional<ScalarType>(like.scalar_type())),
-      from(std::nullopt), from(std::optional<torch::stable::Device>(like.device())),
-      from(std::nullopt)};
+  std::array<StableIValue, 6> stack{from(size),
+                                    from(stride),
+                                    from(std::optional<ScalarType>(like.scalar_type())),
+                                    from(std::nullopt),
+                                    from(std::optional<torch::stable::Device>(like.device())),
+                                    from(std::nullopt)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -108,8 +109,8 @@ class Coefficients {
 /// The operators' common arguments as a Problem, with the memory it points to.
 class Call {
  public:
-  Call(const Tensors& inputs, const Tensor& weight, const Ints& dilations,
-       const MaybeTensor& scale, const MaybeTensor& shift, bool relu)
+  Call(const Tensors& inputs, const Tensor& weight, const Ints& dilations, const MaybeTensor& scale,
+       const MaybeTensor& shift, bool relu)
       : scale_(scale, dtype_of(inputs.at(0)), weight.size(1)),
         shift_(shift, dtype_of(inputs.at(0)), weight.size(1)) {
     const Tensor& first = inputs[0];
@@ -133,8 +134,8 @@ class Call {
       sources_.push_back({view_of(x), x.size(1), dilations[2 * i], dilations[2 * i + 1]});
       problem.in_channels += x.size(1);
     }
-    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == problem.in_channels &&
-                        weight.is_cpu() && weight.scalar_type() == first.scalar_type(),
+    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == problem.in_channels && weight.is_cpu() &&
+                        weight.scalar_type() == first.scalar_type(),
                     "multidilated_conv2d: weight must be (K, sum of the sources' channels, kh, kw) "
                     "with the sources' dtype and device");
     problem.sources = sources_.data();
@@ -151,8 +152,7 @@ class Call {
   void check_gradient(const Tensor& g) const {
     STD_TORCH_CHECK(g.dim() == 4 && g.size(0) == problem.batch &&
                         g.size(1) == problem.out_channels && g.size(2) == problem.height &&
-                        g.size(3) == problem.width && g.is_cpu() &&
-                        dtype_of(g) == problem.dtype,
+                        g.size(3) == problem.width && g.is_cpu() && dtype_of(g) == problem.dtype,
                     "multidilated_conv2d: grad_output must match the output's shape and dtype");
   }
 
@@ -168,8 +168,8 @@ Tensor forward(Tensors inputs, Tensor weight, MaybeTensor bias, Ints dilations, 
   const Call call(inputs, weight, dilations, scale, shift, relu);
   const Problem& p = call.problem;
   const Coefficients bias_values(bias, p.dtype, p.out_channels);
-  Tensor out = new_empty(inputs[0], p.batch, p.out_channels, p.height, p.width,
-                         is_channels_last(inputs[0]));
+  Tensor out =
+      new_empty(inputs[0], p.batch, p.out_channels, p.height, p.width, is_channels_last(inputs[0]));
   if (!call.empty()) cpu::kernels().forward(p, bias_values.data(), view_of(out));
   return out;
 }
@@ -188,8 +188,8 @@ void assign(const Tensor& t, const double* values, int64_t step) {
   }
 }
 
-std::tuple<Tensors, Tensor, Tensor> backward_data(Tensor grad_output, Tensors inputs,
-                                                  Tensor weight, Ints dilations, MaybeTensor scale,
+std::tuple<Tensors, Tensor, Tensor> backward_data(Tensor grad_output, Tensors inputs, Tensor weight,
+                                                  Ints dilations, MaybeTensor scale,
                                                   MaybeTensor shift, bool relu, Ints wanted) {
   const Call call(inputs, weight, dilations, scale, shift, relu);
   const Problem& p = call.problem;

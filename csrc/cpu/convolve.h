@@ -85,14 +85,16 @@ class Convolution {
   Convolution(const Shape& shape, std::vector<Operand<T>> operands, View out, const A* bias)
       : shape_(shape), operands_(std::move(operands)), out_(out), bias_(bias) {
     const Machine m = machine(sizeof(A));
-    int64_t channels = 0;
-    for (const auto& o : operands_) channels += o.channels;
-    const bool winograd =
-        !std::is_same_v<A, double> && prefers_winograd(shape.batch, shape.height, shape.width,
-                                                       channels, shape.out_channels,
-                                                       shape.kernel_w, m);
-    tiling_ = choose_tiling(shape.batch, shape.height, shape.width, shape.out_channels, winograd,
-                            sizeof(A), m);
+    int64_t channels = 0, dilation_h = 1;
+    for (const auto& o : operands_) {
+      channels += o.channels;
+      dilation_h = std::max(dilation_h, o.dilation_h);
+    }
+    const bool winograd = !std::is_same_v<A, double> &&
+                          prefers_winograd(shape.batch, shape.height, shape.width, channels,
+                                           shape.out_channels, shape.kernel_w, m);
+    tiling_ = choose_tiling(shape.batch, shape.height, shape.width, shape.out_channels,
+                            shape.kernel_h, dilation_h, winograd, sizeof(A), m);
     for (const auto& o : operands_) {
       windows_.push_back(choose_window(
           o.channels, shape.kernel_h, shape.kernel_w, o.dilation_h, o.dilation_w, shape.width,
@@ -100,23 +102,21 @@ class Convolution {
           m));
       steps_ += o.channels * shape.kernel_h * weight_cols(windows_.back());
     }
-    raw_window_ = choose_window(tiling_.out_group, 1, 1, 1, 1, shape.width, false, tiling_,
-                                sizeof(A), m);
+    raw_window_ =
+        choose_window(tiling_.out_group, 1, 1, 1, 1, shape.width, false, tiling_, sizeof(A), m);
   }
 
   /// Also turn the result into the gradient to an activated source.
   void backward_through(const PsiBackward<T>& psi) { psi_backward_ = psi; }
 
-  int64_t pack_tasks() const {
-    return ceil_div(shape_.out_channels, tiling_.blocking.out_block);
-  }
+  int64_t pack_tasks() const { return ceil_div(shape_.out_channels, tiling_.blocking.out_block); }
   int64_t packed_size() const { return shape_.out_channels * steps_; }
   void pack_into(A* packed) { packed_ = packed; }
   int64_t tiles() const { return shape_.batch * tiling_.tiles(); }
   int64_t tasks() const { return tiles() * tiling_.out_groups; }
 
-  /// Packs the weights of one block of outputs as [operand][chunk][tap row][tap col][channel][output],
-  /// tap cols transformed where the operand's rows are.
+  /// Packs the weights of one block of outputs as [operand][chunk][tap row][tap
+  /// col][channel][output], tap cols transformed where the operand's rows are.
   void pack(int64_t block) const {
     const int64_t first = block * tiling_.blocking.out_block;
     const int64_t outs = outputs_of(block);
@@ -167,7 +167,8 @@ class Convolution {
         const int64_t chunk = std::min(window.chunk, source.channels - c);
         const Rows rows{tile, source, window, chunk, steps, channel, channels};
         if (c + chunk < source.channels)
-          prefetcher.aim(stager, tile, c + chunk, std::min(window.chunk, source.channels - c - chunk));
+          prefetcher.aim(stager, tile, c + chunk,
+                         std::min(window.chunk, source.channels - c - chunk));
         else if (o + 1 < operands_.size())
           prefetcher.aim(stager_of(o + 1), tile, 0, windows_[o + 1].chunk);
         else if (next >= 0)
@@ -196,8 +197,8 @@ class Convolution {
   }
   Stager<T> stager_of(size_t operand) const {
     const Operand<T>& o = operands_[operand];
-    return {o.x, shape_.height, shape_.width, o.dilation_h, shape_.kernel_h, tiling_,
-            windows_[operand]};
+    return {o.x,     shape_.height,    shape_.width, o.dilation_h, shape_.kernel_h,
+            tiling_, windows_[operand]};
   }
   int64_t acc_plane() const { return tiling_.rows * tiling_.cols; }
   int64_t outputs_of(int64_t block) const {
@@ -220,8 +221,9 @@ class Convolution {
   /// Microkernel calls of a chunk.
   int64_t correlations(const Rows& rows) const {
     const int64_t unit = kLanes<A> * tiling_.blocking.pixel_vectors;
-    const int64_t columns = rows.window.winograd ? kWinogradPlanes * ceil_div(rows.window.pairs, unit)
-                                                 : ceil_div(rows.tile.cols, unit);
+    const int64_t columns = rows.window.winograd
+                                ? kWinogradPlanes * ceil_div(rows.window.pairs, unit)
+                                : ceil_div(rows.tile.cols, unit);
     return rows.tile.rows * columns * ceil_div(rows.channels, tiling_.blocking.out_block);
   }
 
@@ -240,10 +242,10 @@ class Convolution {
         stager.stage_row(rows.tile, slot, channel + c, channels,
                          rows.source.psi.from_channel(channel + c), staged, w.pitch);
         for (int64_t i = 0; i < channels; ++i)
-          transform_row(staged + i * w.pitch + w.lead, w.pairs, rows.source.dilation_w, parts,
-                        transformed + (c + i) * w.transformed_stride +
-                            slot * kWinogradPlanes * w.pairs,
-                        w.pairs);
+          transform_row(
+              staged + i * w.pitch + w.lead, w.pairs, rows.source.dilation_w, parts,
+              transformed + (c + i) * w.transformed_stride + slot * kWinogradPlanes * w.pairs,
+              w.pairs);
       }
     }
   }
@@ -273,8 +275,7 @@ class Convolution {
   }
 
   LiveTaps live_rows_of(const Rows& rows, int64_t r) const {
-    return live_taps(rows.tile.row + r, 1, shape_.height, shape_.kernel_h,
-                     rows.source.dilation_h);
+    return live_taps(rows.tile.row + r, 1, shape_.height, shape_.kernel_h, rows.source.dilation_h);
   }
 
   /// f(first vector, vectors) over nearly equal parts of at most blocking.pixel_vectors.
@@ -286,14 +287,13 @@ class Convolution {
   }
 
   /// Adds a chunk's live taps to the accumulators; a horizontal tap is a shift of the staged row.
-  void correlate_direct(const Rows& rows, const A* staging, A* acc,
-                        Prefetcher& prefetcher) const {
+  void correlate_direct(const Rows& rows, const A* staging, A* acc, Prefetcher& prefetcher) const {
     constexpr int lanes = kLanes<A>;
     const auto& [tile, source, window, chunk, steps, channel, channels] = rows;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const LiveTaps live_rows = live_rows_of(rows, r);
-      CorrelateArgs<A> args = row_args(rows, r, staging + window.lead, window.pitch,
-                                       window.channel_stride, live_rows);
+      CorrelateArgs<A> args =
+          row_args(rows, r, staging + window.lead, window.pitch, window.channel_stride, live_rows);
       args.acc_stride = acc_plane();
       args.first = steps == 0;
       const A* row = args.x;

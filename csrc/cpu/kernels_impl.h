@@ -31,8 +31,7 @@ Weight weight_from_channel(const Weight& w, int64_t channel) {
 /// The same taps seen from the input: outputs and channels swapped, both axes reversed.
 template <class T>
 Weight transposed(const Weight& w, int64_t kernel_h, int64_t kernel_w) {
-  return {static_cast<const T*>(w.data) + (kernel_h - 1) * w.stride_h +
-              (kernel_w - 1) * w.stride_w,
+  return {static_cast<const T*>(w.data) + (kernel_h - 1) * w.stride_h + (kernel_w - 1) * w.stride_w,
           w.stride_c, w.stride_k, -w.stride_h, -w.stride_w};
 }
 
@@ -65,7 +64,11 @@ void backward_data(const Problem& p, const View& gradient, const View* grad_inpu
     if (grad_inputs[i].data || psi_sums) {
       convolutions.emplace_back(
           shape_of<T>(p, s.channels),
-          std::vector<Operand<T>>{{gradient, p.out_channels, s.dilation_h, s.dilation_w, {},
+          std::vector<Operand<T>>{{gradient,
+                                   p.out_channels,
+                                   s.dilation_h,
+                                   s.dilation_w,
+                                   {},
                                    transposed<T>(weight, p.kernel_h, p.kernel_w)}},
           grad_inputs[i], nullptr);
       sums.emplace_back();
@@ -113,8 +116,7 @@ const Kernels kKernels{
                 [&](auto t) { backward_data<decltype(t)>(p, gradient, grad_inputs, psi_sums); });
     },
     [](const Problem& p, const View& gradient, void* weight, void* bias) {
-      for_dtype(p.dtype,
-                [&](auto t) { backward_weight<decltype(t)>(p, gradient, weight, bias); });
+      for_dtype(p.dtype, [&](auto t) { backward_weight<decltype(t)>(p, gradient, weight, bias); });
     }};
 
 }  // namespace

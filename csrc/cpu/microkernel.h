@@ -102,9 +102,8 @@ void reduce(const ReduceArgs<A>& args) {
     const A* x = s.x + r * s.x_row;
     for (int64_t v = 0; v < s.vectors; ++v, g += lanes, x += lanes) {
       Vec<A> shifted[taps];
-      unroll<taps>([&](auto t) __attribute__((always_inline)) {
-        shifted[t] = load(x + t * s.tap_step);
-      });
+      unroll<taps>([&](auto t)
+                       __attribute__((always_inline)) { shifted[t] = load(x + t * s.tap_step); });
       unroll<kb>([&](auto k) __attribute__((always_inline)) {
         const Vec<A> gradient = load(g + k * s.g_plane);
         unroll<taps>([&](auto t) __attribute__((always_inline)) {
@@ -127,9 +126,8 @@ using Reduce = void (*)(const ReduceArgs<A>&);
 template <class A>
 constexpr auto kReduce = [] {
   std::array<std::array<Reduce<A>, kMaxTaps>, kMaxReduceBlock> table{};
-  unroll<kMaxReduceBlock>([&](auto k) {
-    unroll<kMaxTaps>([&](auto t) { table[k][t] = reduce<A, k + 1, t + 1>; });
-  });
+  unroll<kMaxReduceBlock>(
+      [&](auto k) { unroll<kMaxTaps>([&](auto t) { table[k][t] = reduce<A, k + 1, t + 1>; }); });
   return table;
 }();
 

@@ -4,11 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 
 namespace d3net::cpu {
 
-inline int64_t envi(const char*n,int64_t d){const char*e=std::getenv(n);return e?atoll(e):d;}
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -17,7 +15,8 @@ struct LiveTaps {
   int64_t first, count;
 };
 
-/// The taps that reach inside [0, size) from some position in [begin, begin + count), itself inside.
+/// The taps that reach inside [0, size) from some position in [begin, begin + count), itself
+/// inside.
 constexpr LiveTaps live_taps(int64_t begin, int64_t count, int64_t size, int64_t kernel,
                              int64_t dilation) {
   const int64_t centre = kernel / 2;
@@ -32,7 +31,7 @@ struct Machine {
   int registers;  // vector registers
 };
 
-constexpr int kMaxOutBlock = 13;    // output channels of a microkernel
+constexpr int kMaxOutBlock = 13;     // output channels of a microkernel
 constexpr int kMaxPixelVectors = 4;  // pixel vectors of a microkernel
 
 /// Accumulators, one row of pixels and one broadcast weight have to fit the register file.
@@ -70,7 +69,6 @@ inline Blocking choose_blocking(int64_t out_channels, int64_t vectors, Machine m
       const double tail = vectors % pv ? step_cost(outs, vectors % pv) : 0.0;
       return static_cast<double>(vectors / pv) * step_cost(outs, pv) + tail;
     };
-    if(envi("KP",0)&&envi("KP",0)!=pv)continue;
     const double cost = static_cast<double>(blocks - 1) * row_cost(kb) + row_cost(last);
     if (best_cost == 0 || cost < best_cost) {
       best_cost = cost;
@@ -91,44 +89,45 @@ struct Tiling {
 };
 
 constexpr int64_t kAccumulatorBytes = 192 << 10;  // accumulators of a tile: part of L2
-#define kStagingBytes (envi("KS",512)<<10)
-//      // staged rows of a chunk of channels: part of L2
-#define kMaxTileVectors envi("KV",16)
+constexpr int64_t kStagingBytes = 512 << 10;      // staged rows of a chunk of channels: part of L2
+constexpr int64_t kMaxTileVectors = 26;
+constexpr int64_t kMaxTileRows = 4;
 constexpr int64_t kMaxOutGroup = 64;
-constexpr int64_t kWantedTasks = 16;  // enough to share among the cores of a desktop
+constexpr int64_t kWantedTasks = 8;  // enough to share among a few cores
 
-/// pairs: columns come in pairs of vectors, as Winograd's transform needs them.
+/// dilation_h: the largest among the sources; pairs: columns come in pairs of vectors, as
+/// Winograd's transform needs them.
 inline Tiling choose_tiling(int64_t batch, int64_t height, int64_t width, int64_t out_channels,
-                            bool pairs, int64_t element_bytes, Machine machine) {
+                            int64_t kernel_h, int64_t dilation_h, bool pairs, int64_t element_bytes,
+                            Machine machine) {
   Tiling t;
   const int64_t unit = machine.lanes * (pairs ? 2 : 1);  // columns of one vector of accumulators
   const int64_t row_vectors = ceil_div(width, unit);
   t.strips = ceil_div(row_vectors * unit, kMaxTileVectors * machine.lanes);
-  int64_t vectors = ceil_div(row_vectors, t.strips);
+  const int64_t vectors = ceil_div(row_vectors, t.strips);
   t.blocking = choose_blocking(out_channels, vectors, machine);
-  if (t.strips > 1) {
-    vectors = round_up(vectors, t.blocking.pixel_vectors);
-    t.strips = ceil_div(row_vectors, vectors);
-  }
+  t.strips = ceil_div(row_vectors, vectors);
   t.cols = vectors * unit;
 
   t.out_groups = ceil_div(out_channels, kMaxOutGroup);
   t.out_group = round_up(ceil_div(out_channels, t.out_groups), t.blocking.out_block);
   t.out_groups = ceil_div(out_channels, t.out_group);
 
-  t.rows = std::clamp<int64_t>(height, 1, envi("KR",4));
+  t.rows = std::clamp<int64_t>(height, 1, kMaxTileRows);
   auto too_large = [&] {
-    const bool spills = t.out_group * t.rows * t.cols * element_bytes > kAccumulatorBytes;
+    const int64_t staged_rows = t.rows + (kernel_h - 1) * std::min(dilation_h, t.rows);
+    const int64_t channel_bytes = staged_rows * t.cols * (pairs ? 2 : 1) * element_bytes;
     const int64_t tasks = batch * ceil_div(height, t.rows) * t.strips * t.out_groups;
-    return spills || tasks < kWantedTasks;
+    return t.out_group * t.rows * t.cols * element_bytes > kAccumulatorBytes ||
+           channel_bytes * machine.lanes > kStagingBytes || tasks < kWantedTasks;
   };
   while (t.rows > 1 && too_large()) t.rows = ceil_div(t.rows, 2);
   t.bands = ceil_div(height, t.rows);
   return t;
 }
 
-constexpr int64_t kGradientBytes = 4096;         // of one channel: a block of them stays in L1
-constexpr int64_t kPartialBytes = 8 << 20;       // all partial weight gradients together
+constexpr int64_t kGradientBytes = 4096;    // of one channel: a block of them stays in L1
+constexpr int64_t kPartialBytes = 8 << 20;  // all partial weight gradients together
 constexpr int64_t kFewestParts = 4, kMostParts = 16;
 
 /// The weight gradient: pixels are cut into tiles, tiles dealt to `parts` partial sums that are
@@ -180,16 +179,15 @@ constexpr int64_t kWinogradPlanes = 4;
 /// Winograd's transforms pay where enough products share them.
 inline bool prefers_winograd(int64_t batch, int64_t height, int64_t width, int64_t channels,
                              int64_t out_channels, int64_t kernel_w, Machine machine) {
-  return !envi("KW",0) && kernel_w == 3 && out_channels >= 8 && channels >= 8 && width > envi("KL",3) * machine.lanes &&
+  return kernel_w == 3 && out_channels >= 8 && channels >= 32 && width > 3 * machine.lanes &&
          batch * height > 0;
 }
 
 /// The pairs of columns that a dilation forms have to fill vectors and tiles.
 inline bool allows_winograd(int64_t dilation_w, int64_t width, const Tiling& tiling,
                             Machine machine) {
-  const bool fills_vectors = dilation_w < machine.lanes
-                                 ? (dilation_w & (dilation_w - 1)) == 0
-                                 : dilation_w % machine.lanes == 0;
+  const bool fills_vectors = dilation_w < machine.lanes ? (dilation_w & (dilation_w - 1)) == 0
+                                                        : dilation_w % machine.lanes == 0;
   return fills_vectors && dilation_w < width && tiling.cols % (2 * dilation_w) == 0;
 }
 

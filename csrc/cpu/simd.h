@@ -185,8 +185,7 @@ D3NET_INLINE void store_first(T* p, Vec<A> v, int64_t n) {
     return _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
 #elif D3NET_VECTOR_BYTES == 32
   const Mask<A> lanes = first_lanes<A>(n);
-  if constexpr (std::is_same_v<T, float>)
-    return _mm256_maskstore_ps(p, (__m256i)lanes, (__m256)v);
+  if constexpr (std::is_same_v<T, float>) return _mm256_maskstore_ps(p, (__m256i)lanes, (__m256)v);
   if constexpr (std::is_same_v<T, double>)
     return _mm256_maskstore_pd(p, (__m256i)lanes, (__m256d)v);
 #endif
@@ -207,7 +206,7 @@ D3NET_INLINE void store_one(T* p, A value) {
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 
-/// a * b + c; every ISA file sets -ffp-contract=fast, so this is one instruction where there is one.
+/// a * b + c, which GCC and Clang contract to one instruction where the target has it.
 template <class V>
 D3NET_INLINE V fma(V a, V b, V c) {
   return a * b + c;

@@ -50,13 +50,13 @@ inline Tile tile_at(int64_t index, const Tiling& tiling, int64_t height, int64_t
   const int64_t image = index / tiling.tiles(), in_image = index % tiling.tiles();
   const int64_t row = in_image / tiling.strips * tiling.rows;
   const int64_t col = in_image % tiling.strips * tiling.cols;
-  return {image, row, std::min(tiling.rows, height - row), col,
-          std::min(tiling.cols, width - col)};
+  return {image, row, std::min(tiling.rows, height - row), col, std::min(tiling.cols, width - col)};
 }
 
+/// Zeros from begin to end, and up to a vector beyond.
 template <class A>
 D3NET_INLINE void fill_zero(A* begin, A* end) {
-  if (begin < end) std::memset(begin, 0, static_cast<size_t>(end - begin) * sizeof(A));
+  for (; begin < end; begin += kLanes<A>) store(begin, Vec<A>{});
 }
 
 /// Where one slot's row lies in the map and in the buffer; pointers are those of channel 0.
@@ -79,11 +79,15 @@ class Stager {
  public:
   Stager(const View& x, int64_t height, int64_t width, int64_t dilation_h, int64_t kernel_h,
          const Tiling& tiling, const Window& window)
-      : x_(x), height_(height), width_(width), dilation_h_(dilation_h), kernel_h_(kernel_h),
-        tiling_(tiling), window_(window) {}
+      : x_(x),
+        height_(height),
+        width_(width),
+        dilation_h_(dilation_h),
+        kernel_h_(kernel_h),
+        tiling_(tiling),
+        window_(window) {}
 
-  void stage(const Tile& tile, int64_t channel, int64_t channels, Activation<A> psi,
-             A* out) const {
+  void stage(const Tile& tile, int64_t channel, int64_t channels, Activation<A> psi, A* out) const {
     for (int64_t slot = 0; slot < window_.slots; ++slot)
       if (holds_row(slot, tile))
         stage_row(tile, slot, channel, channels, psi, out + slot * window_.pitch,
@@ -96,11 +100,14 @@ class Stager {
     const int64_t first = std::max<int64_t>(0, tile.col - window_.reach);
     const int64_t last = std::min(width_, tile.col + tiling_.cols + window_.reach);
     const T* from = static_cast<const T*>(x_.data) + tile.image * x_.stride_n +
-                    channel * x_.stride_c + row_of(slot, tile) * x_.stride_h +
-                    first * x_.stride_w;
+                    channel * x_.stride_c + row_of(slot, tile) * x_.stride_h + first * x_.stride_w;
     A* row = out + window_.lead;
-    const RowCopy<A, T> copy{from, row + (first - tile.col), row - window_.reach,
-                             row + tiling_.cols + window_.reach, stride, last - first};
+    const RowCopy<A, T> copy{from,
+                             row + (first - tile.col),
+                             row - window_.reach,
+                             row + tiling_.cols + window_.reach,
+                             stride,
+                             last - first};
     if (x_.stride_w == 1 || width_ == 1)
       copy_planar(copy, channels, psi);
     else if (x_.stride_c == 1)
@@ -116,7 +123,8 @@ class Stager {
     const int64_t last = std::min(width_, tile.col + tiling_.cols + window_.reach);
     const bool planar = x_.stride_w == 1;
     if (!planar && x_.stride_c != 1) return;
-    const int64_t runs = planar ? channels : last - first, length = planar ? last - first : channels;
+    const int64_t runs = planar ? channels : last - first,
+                  length = planar ? last - first : channels;
     const int64_t stride = planar ? x_.stride_c : x_.stride_w;
     const T* image = static_cast<const T*>(x_.data) + tile.image * x_.stride_n +
                      channel * x_.stride_c + first * x_.stride_w;
@@ -145,9 +153,14 @@ class Stager {
     return r < tile.rows ? tile.row - above + tap * dilation_h_ + r : -1;
   }
 
-  static void zero_ends(const RowCopy<A, T>& copy, int64_t channel) {
+  /// Before the columns are copied (what is written beyond them is mended by the copy) ...
+  static void zero_left(const RowCopy<A, T>& copy, int64_t channel) {
     const int64_t offset = channel * copy.stride;
     fill_zero(copy.left + offset, copy.to + offset);
+  }
+  /// ... and after it, which also clears what the last vector wrote too much.
+  static void zero_right(const RowCopy<A, T>& copy, int64_t channel) {
+    const int64_t offset = channel * copy.stride;
     fill_zero(copy.to + offset + copy.count, copy.right + offset);
   }
 
@@ -159,12 +172,13 @@ class Stager {
       const Vec<A> shift = broadcast(psi.scale ? psi.shift[c] : A{0});
       const T* from = copy.from + c * x_.stride_c;
       A* to = copy.to + c * copy.stride;
+      zero_left(copy, c);
       int64_t i = 0;
       for (; i + kN <= count; i += kN)
         store(to + i, activate<A>(load<A>(from + i), scale, shift, floor));
       if (i < count)
         store(to + i, activate<A>(load_first<A>(from + i, count - i), scale, shift, floor));
-      zero_ends(copy, c);
+      zero_right(copy, c);
     }
   }
 
@@ -172,6 +186,7 @@ class Stager {
   void copy_interleaved(const RowCopy<A, T>& copy, int64_t channels, Activation<A> psi) const {
     const int64_t count = copy.count;
     const Vec<A> floor = broadcast(psi.floor());
+    for (int64_t c = 0; c < channels; ++c) zero_left(copy, c);
     for (int64_t c = 0; c < channels; c += kN) {
       const int64_t n = std::min<int64_t>(kN, channels - c);
       const Vec<A> scale = psi.scale ? load_first<A>(psi.scale + c, n) : broadcast(A{1});
@@ -193,7 +208,7 @@ class Stager {
         for (int64_t k = 0; k < n; ++k) store(to + k * copy.stride + i, block[k]);
       }
     }
-    for (int64_t c = 0; c < channels; ++c) zero_ends(copy, c);
+    for (int64_t c = 0; c < channels; ++c) zero_right(copy, c);
   }
 
   void copy_strided(const RowCopy<A, T>& copy, int64_t channels, Activation<A> psi) const {
@@ -202,12 +217,12 @@ class Stager {
     for (int64_t c = 0; c < channels; ++c) {
       const Vec<A> scale = broadcast(psi.scale ? psi.scale[c] : A{1});
       const Vec<A> shift = broadcast(psi.scale ? psi.shift[c] : A{0});
+      zero_left(copy, c);
       for (int64_t i = 0; i < count; ++i) {
         const A value = load_one<A>(copy.from + c * x_.stride_c + i * x_.stride_w);
-        copy.to[c * copy.stride + i] =
-            activate<A>(broadcast(value), scale, shift, floor)[0];
+        copy.to[c * copy.stride + i] = activate<A>(broadcast(value), scale, shift, floor)[0];
       }
-      zero_ends(copy, c);
+      zero_right(copy, c);
     }
   }
 
@@ -224,9 +239,8 @@ void write_tile(const View& out, const Tile& tile, int64_t channel, int64_t chan
                 const Accumulator<T>* bias) {
   using A = Accumulator<T>;
   constexpr int n = kLanes<A>;
-  auto bias_of = [&](int64_t c) __attribute__((always_inline)) {
-    return bias ? bias[channel + c] : A{0};
-  };
+  auto bias_of = [&](int64_t c)
+                     __attribute__((always_inline)) { return bias ? bias[channel + c] : A{0}; };
   for (int64_t r = 0; r < tile.rows; ++r) {
     T* row = static_cast<T*>(out.data) + tile.image * out.stride_n + channel * out.stride_c +
              (tile.row + r) * out.stride_h + tile.col * out.stride_w;

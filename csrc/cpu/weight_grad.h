@@ -21,12 +21,13 @@ class WeightGradient {
 
  public:
   WeightGradient(const Problem& p, const View& gradient)
-      : p_(p), gradient_(gradient), taps_(p.kernel_h * p.kernel_w),
+      : p_(p),
+        gradient_(gradient),
+        taps_(p.kernel_h * p.kernel_w),
         row_(p.in_channels * taps_ + 1) {
     const Machine m = machine(sizeof(A));
-    const auto plan =
-        choose_reduction_tiling(p.batch, p.height, p.width, p.out_channels, kMaxReduceBlock,
-                                row_ * p.out_channels, sizeof(A), m);
+    const auto plan = choose_reduction_tiling(p.batch, p.height, p.width, p.out_channels,
+                                              kMaxReduceBlock, row_ * p.out_channels, sizeof(A), m);
     tiling_ = plan.tiling;
     parts_ = plan.parts;
     for (int64_t i = 0; i < p.num_sources; ++i) {
@@ -34,8 +35,8 @@ class WeightGradient {
       windows_.push_back(choose_window(s.channels, p.kernel_h, p.kernel_w, s.dilation_h,
                                        s.dilation_w, p.width, false, tiling_, sizeof(A), m));
     }
-    gradient_window_ = choose_window(tiling_.out_group, 1, 1, 1, 1, p.width, false, tiling_,
-                                     sizeof(A), m);
+    gradient_window_ =
+        choose_window(tiling_.out_group, 1, 1, 1, 1, p.width, false, tiling_, sizeof(A), m);
   }
 
   /// weight: contiguous (K, sum C_i, kh, kw); bias: (K,).
@@ -44,7 +45,8 @@ class WeightGradient {
     partial_ = memory.get<A>(parts_ * p_.out_channels * row_);
     WorkQueue summing(parts_ * tiling_.out_groups), adding(p_.out_channels);
     auto body = [&] {
-      summing.work([&](int64_t i, int64_t) { sum_part(i / tiling_.out_groups, i % tiling_.out_groups); });
+      summing.work(
+          [&](int64_t i, int64_t) { sum_part(i / tiling_.out_groups, i % tiling_.out_groups); });
       summing.wait();
       adding.work([&](int64_t k, int64_t) { add_parts(k, weight, bias); });
     };
@@ -102,8 +104,8 @@ class WeightGradient {
   }
 
   void reduce_chunk(const Tile& tile, const Source& source, const Window& window, const A* x,
-                    int64_t chunk, int64_t part, int64_t first_channel, const A* g,
-                    int64_t channel, int64_t channels) const {
+                    int64_t chunk, int64_t part, int64_t first_channel, const A* g, int64_t channel,
+                    int64_t channels) const {
     const LiveTaps cols = live_taps(tile.col, tile.cols, p_.width, p_.kernel_w, source.dilation_w);
     ReduceArgs<A> args;
     args.g_plane = gradient_window_.channel_stride;

@@ -60,8 +60,7 @@ D3NET_INLINE int64_t even_column(int64_t pair, int64_t dilation) {
 /// Rows of columns, row[0 .. 2 * pairs) with `dilation` readable on either side and zero outside
 /// the map, to the four v planes. `parts` is scratch for 2 * (pairs + 2 * margin) elements.
 template <class A>
-void transform_row(const A* row, int64_t pairs, int64_t dilation, A* parts, A* v,
-                   int64_t plane) {
+void transform_row(const A* row, int64_t pairs, int64_t dilation, A* parts, A* v, int64_t plane) {
   constexpr int lanes = kLanes<A>;
   const int64_t margin = std::max<int64_t>(dilation, lanes);
   A* even = parts + margin;

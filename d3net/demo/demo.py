@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from d3net.audio import Stft, sdr
 from d3net.data.stempeg_clip import STEMS, Clip, load_clip
 from d3net.demo.plain import PlainD2Block
-from d3net.demo.report import Measured, Report, write_picture, write_waves
+from d3net.demo.report import Measured, Report, Trial, write_picture, write_waves
 from d3net.demo.separator import SmallSeparator
 from d3net.demo.training import Crops, Run, race, relative_error, train
 from d3net.machine import describe_machine
@@ -60,7 +60,7 @@ def run_demo(folder: Path, steps: int, seed: int) -> Report:
         plain=plain,
         fused=fused,
         mixture_sdr=by_stem(sdr(clip.stems, clip.mixture.expand_as(clip.stems))),
-        layout_seconds={f"{run.name} {run.layout}": run.median_seconds() for run in raced},
+        trials=[Trial(run.name, run.layout, run.median_seconds(), run.losses[-1]) for run in raced],
     )
 
     targets = dict(zip(STEMS, clip.stems, strict=True))

@@ -13,8 +13,7 @@ from torch import Tensor
 from d3net.audio import Stft
 
 NOT_SHOWN = """\
-Plain torch is the best form known here: each source is normalised once, in the better layout. Both
-networks start from the same numbers; rounding differs, and training amplifies it step by step.
+Plain torch is the best form known here: each source is normalised once, in the better layout.
 What this does not show: the network is trained and judged on the same six seconds of one song, so
 the SDR says that it can be trained, not that it separates other music. The times are those of this
 machine's CPU and of this small network; they say nothing about a GPU or about D3Net itself."""
@@ -34,11 +33,21 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A few steps in one layout: the median step, and the loss at the end."""
+
+    name: str
+    layout: str
+    step_seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class Report:
     """All that the demo measured.
 
-    plain, fused: the trained runs. mixture_sdr: where both start, by stem. layout_seconds: median
-    step of each network in each layout, before training.
+    plain, fused: the trained runs. mixture_sdr: where both start, by stem. trials: the short runs
+    of each network in each layout, before training.
     """
 
     machine: str
@@ -47,7 +56,7 @@ class Report:
     plain: Measured
     fused: Measured
     mixture_sdr: dict[str, float]
-    layout_seconds: dict[str, float]
+    trials: list[Trial]
 
     def table(self) -> str:
         """The table as text."""
@@ -88,13 +97,18 @@ class Report:
             ).rstrip()
             for row in rows
         ]
-        layouts = ", ".join(f"{name} {value:.3f} s" for name, value in self.layout_seconds.items())
         return "\n".join(
             [
                 *lines,
                 "",
                 f"{self.steps} steps each, in turns, from seed {self.seed}, on {self.machine}.",
-                f"Step in each layout before training: {layouts}.",
+                "The first steps of both networks in both layouts (rounding differs, and training",
+                "amplifies it: plain torch parts from itself as well):",
+                *(
+                    f"    {trial.name:11} {trial.layout:13} {trial.step_seconds:.3f} s a step,"
+                    f" then loss {trial.loss:.6f}"
+                    for trial in self.trials
+                ),
                 NOT_SHOWN,
             ]
         )

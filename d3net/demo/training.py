@@ -33,7 +33,8 @@ class Run:
     @classmethod
     def of(cls, name: str, net: nn.Module, layout: str) -> Run:
         """A run on a copy of ``net``, so that another run can start from the same numbers."""
-        own = copy.deepcopy(net).to(memory_format=LAYOUTS[layout])
+        own = copy.deepcopy(net)
+        own.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload, unused-ignore]
         return cls(name, layout, own, torch.optim.Adam(own.parameters(), LEARNING_RATE))
 
     def loss(self, mixture: Tensor, stems: Tensor) -> Tensor:
