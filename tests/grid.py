@@ -140,6 +140,45 @@ _GEOMETRY = [
     Case("tall", channels=(4, 3), size=(1, 211, 3)),
     Case("large", channels=(20, 12), out_channels=12, size=(2, 37, 53)),
 ]
+# Enough channels, outputs and columns for every instruction set to transform rows (Winograd).
+_TRANSFORMED = [
+    Case("transformed", channels=(33, 20), out_channels=13, size=(2, 9, 70)),
+    Case(
+        "transformed_to_32",
+        channels=(7,) * 6,
+        out_channels=9,
+        size=(1, 5, 130),
+        dilations=(1, 2, 4, 8, 16, 32),
+    ),
+    Case(
+        "transformed_in_part",
+        channels=(16, 16, 16),
+        out_channels=8,
+        size=(1, 30, 100),
+        dilations=(3, (1, 24), (8, 2)),
+    ),
+    Case("transformed_strips", channels=(32,), out_channels=17, size=(1, 3, 900)),
+    Case("transformed_beyond_width", channels=(20, 20), size=(1, 4, 60), dilations=(64, (1, 48))),
+    Case(
+        "transformed_last",
+        channels=(37, 5),
+        out_channels=20,
+        size=(1, 6, 83),
+        layout="channels_last",
+    ),
+    *(
+        Case(
+            f"transformed_{str(half).removeprefix('torch.')}",
+            channels=(34, 8),
+            out_channels=10,
+            size=(1, 7, 66),
+            dtype=half,
+            psi="float32",
+            layout="slice_last",
+        )
+        for half in _HALVES
+    ),
+]
 _PSI = [
     Case(f"psi_{psi}_relu_{relu}_bias_{bias}", psi=psi, relu=relu, bias=bias)
     for psi in ("same", None)
@@ -194,7 +233,7 @@ _NEEDS = [
         ("weight", "scale"),
     )
 ]
-CASES = [*_GEOMETRY, *_PSI, *_LAYOUT, *_GRAD_LAYOUT, *_DTYPE, *_NEEDS]
+CASES = [*_GEOMETRY, *_TRANSFORMED, *_PSI, *_LAYOUT, *_GRAD_LAYOUT, *_DTYPE, *_NEEDS]
 assert len({case.name for case in CASES}) == len(CASES)
 
 

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(
 _CASES = [
     case
     for case in grid.CASES
-    if case.name.startswith(("growth", "layout", "large", "kernel", "dilation", "uneven", "float"))
+    if case.name.startswith(
+        ("growth", "layout", "large", "kernel", "dilation", "uneven", "float", "transformed")
+    )
     or "bfloat16" in case.name
 ]
 
@@ -56,6 +58,7 @@ def _with_threads(threads: int, problem: Problem) -> dict[str, Tensor]:
         grid.Case("last", channels=(20, 12), size=(2, 37, 53), layout="channels_last"),
         grid.Case("half", channels=(20, 12), size=(2, 37, 53), dtype=torch.bfloat16),
         grid.Case("flat", channels=(8, 8, 8), size=(1, 3, 400)),
+        grid.Case("transformed", channels=(33, 20), out_channels=13, size=(2, 9, 170)),
         grid.Case("small"),
     ],
     ids=lambda case: case.name,
