@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <array>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -235,6 +236,25 @@ std::tuple<Tensor, Tensor> backward_weight(Tensor grad_output, Tensors inputs, T
   return {std::move(grad_weight), std::move(grad_bias)};
 }
 
+/// Mean and biased variance per channel; NaN where there is nothing to average.
+std::tuple<Tensor, Tensor> channel_moments(Tensor x) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(),
+                  "channel_moments: x must be a CPU tensor (N, C, H, W)");
+  const DType dtype = dtype_of(x);
+  const int64_t channels = x.size(1), count = x.size(0) * x.size(2) * x.size(3);
+  std::vector<double> moments(static_cast<size_t>(2 * channels),
+                              std::numeric_limits<double>::quiet_NaN());
+  if (count > 0)
+    cpu::kernels().moments(dtype, view_of(x), x.size(0), channels, x.size(2), x.size(3),
+                           moments.data());
+  const ScalarType kept = dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+  Tensor mean = torch::stable::new_empty(x, Ints{channels}, kept);
+  Tensor variance = torch::stable::new_empty(x, Ints{channels}, kept);
+  assign(mean, moments.data(), 2);
+  assign(variance, moments.data() + 1, 2);
+  return {std::move(mean), std::move(variance)};
+}
+
 std::string cpu_isa(std::string request) {
   STD_TORCH_CHECK(request.empty() || cpu::force_isa(request.c_str()), "cpu_isa: got '", request,
                   "', accepted are portable, avx2 and avx512 where this CPU has them");
@@ -254,6 +274,7 @@ STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CPU, m) {
   m.impl("multidilated_conv2d", TORCH_BOX(&d3net::forward));
   m.impl("multidilated_conv2d_backward_data", TORCH_BOX(&d3net::backward_data));
   m.impl("multidilated_conv2d_backward_weight", TORCH_BOX(&d3net::backward_weight));
+  m.impl("channel_moments", TORCH_BOX(&d3net::channel_moments));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CompositeExplicitAutograd, m) {

@@ -1,4 +1,4 @@
-"""Memory layout of results, the one rule that kernels and fake kernels share.
+"""Memory layout and dtype of results, the rules that kernels and fake kernels share.
 
 Strides are spelled out instead of using torch.channels_last, which is ambiguous where C or H*W is
 1 and would let a fake tensor and a real one disagree.
@@ -23,3 +23,8 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     n, c, h, w = shape
     strides = (c * h * w, 1, w * c, c) if is_channels_last(like) else (c * h * w, h * w, w, 1)
     return torch.empty_strided((n, c, h, w), strides, dtype=like.dtype, device=like.device)
+
+
+def dtype_for(x: Tensor) -> torch.dtype:
+    """Statistics, scale and shift are float32, or float64 next to float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import checks
+from ._layout import dtype_for
 from .functional import multidilated_conv2d
-from .statistics import batch_statistics, dtype_for
+from .statistics import batch_statistics
 
 Norm: TypeAlias = Literal["per_source", "per_layer"]
 

@@ -25,6 +25,7 @@ for _schema in (
     " -> (Tensor[] grad_inputs, Tensor grad_scale, Tensor grad_shift)",
     f"multidilated_conv2d_backward_weight(Tensor grad_output, {_PROBLEM}, {_PSI})"
     " -> (Tensor grad_weight, Tensor grad_bias)",
+    "channel_moments(Tensor x) -> (Tensor mean, Tensor var)",
     "cpu_isa(str request) -> str",
 ):
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -32,12 +33,14 @@ _overloads = torch.ops.d3net_kernels
 multidilated_conv2d = _overloads.multidilated_conv2d.default
 backward_data = _overloads.multidilated_conv2d_backward_data.default
 backward_weight = _overloads.multidilated_conv2d_backward_weight.default
+channel_moments = _overloads.channel_moments.default
 
 # Below every device's own kernel: the dispatcher comes here where there is none.
 for _op, _kernel in (
     (multidilated_conv2d, composite.forward),
     (backward_data, composite.backward_data),
     (backward_weight, composite.backward_weight),
+    (channel_moments, composite.channel_moments),
 ):
     library.impl(_op, _kernel, "CompositeExplicitAutograd")
 
@@ -94,9 +97,15 @@ def _fake_backward_weight(
     return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
+def _fake_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1], dtype=_layout.dtype_for(x))
+    return mean, torch.empty_like(mean)
+
+
 for _op, _fake in (
     (multidilated_conv2d, _fake_forward),
     (backward_data, _fake_backward_data),
     (backward_weight, _fake_backward_weight),
+    (channel_moments, _fake_channel_moments),
 ):
     torch.library.register_fake(_op, _fake, lib=library)

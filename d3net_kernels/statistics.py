@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
+
 
 class _BatchStatistics(torch.autograd.Function):
     """Keeps the raw source only, which the convolution keeps too; no float32 or centred copy."""
@@ -15,7 +17,7 @@ class _BatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        var, mean = torch.var_mean(x.to(dtype_for(x)), (0, 2, 3), correction=0)
+        mean, var = ops.channel_moments(x)
         return mean, var
 
     @staticmethod
@@ -24,17 +26,14 @@ class _BatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
+        """grad_mean / n + grad_var * 2 (x - mean) / n, in one pass over x."""
         x, mean = ctx.saved_tensors
         count = x.shape[0] * x.shape[2] * x.shape[3]
-        centred = x - mean[:, None, None]
-        grad = (centred * (2 * grad_var)[:, None, None] + grad_mean[:, None, None]) / count
+        slope = grad_var * (2 / count)
+        offset = grad_mean / count - mean * slope
+        grad = torch.addcmul(offset[:, None, None], x, slope[:, None, None])
         grad_x: Tensor = grad.to(x.dtype)
         return grad_x
-
-
-def dtype_for(x: Tensor) -> torch.dtype:
-    """Statistics, scale and shift are float32, or float64 next to float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

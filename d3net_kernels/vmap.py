@@ -54,6 +54,10 @@ def _backward_weight(info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]
     return _loop(ops.backward_weight, info, dims, arguments)
 
 
+def _channel_moments(info: Any, dims: _Dims, x: Tensor) -> tuple[Any, Any]:
+    return _loop(ops.channel_moments, info, dims, (x,))
+
+
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
     """(B, N, C, H, W), or a tensor shared by the batch, to (B * N, C, H, W)."""
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -99,5 +103,6 @@ for _op, _rule in (
     (ops.multidilated_conv2d, _forward),
     (ops.backward_data, _backward_data),
     (ops.backward_weight, _backward_weight),
+    (ops.channel_moments, _channel_moments),
 ):
     torch.library.register_vmap(_op, _rule, lib=ops.library)

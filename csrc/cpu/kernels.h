@@ -17,6 +17,10 @@ struct Kernels {
                         double* psi_sums);
 
   void (*backward_weight)(const Problem&, const View& gradient, void* weight, void* bias);
+
+  /// moments: [channels][2], mean and biased variance over batch, height and width (not empty).
+  void (*moments)(DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height,
+                  int64_t width, double* moments);
 };
 
 const Kernels& portable_kernels();

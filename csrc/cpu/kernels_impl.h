@@ -1,10 +1,11 @@
-// The body of each instruction set's translation unit: the three kernels for four dtypes.
+// The body of each instruction set's translation unit: the kernels for four dtypes.
 #pragma once
 
 #include <vector>
 
 #include "convolve.h"
 #include "kernels.h"
+#include "moments.h"
 #include "weight_grad.h"
 
 namespace d3net::cpu::D3NET_ISA {
@@ -117,6 +118,11 @@ const Kernels kKernels{
     },
     [](const Problem& p, const View& gradient, void* weight, void* bias) {
       for_dtype(p.dtype, [&](auto t) { backward_weight<decltype(t)>(p, gradient, weight, bias); });
+    },
+    [](DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height, int64_t width,
+       double* out) {
+      for_dtype(dtype,
+                [&](auto t) { moments<decltype(t)>(x, batch, channels, height, width, out); });
     }};
 
 }  // namespace

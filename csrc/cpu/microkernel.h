@@ -112,9 +112,17 @@ void reduce(const ReduceArgs<A>& args) {
       });
     }
   }
-  unroll<kb>([&](auto k) __attribute__((always_inline)) {
-    unroll<taps>([&](auto t) __attribute__((always_inline)) {
-      s.out[k * s.out_stride + t] += sum_lanes<A>(acc[k][t]);
+  unroll<(kb * taps + lanes - 1) / lanes>([&](auto group) __attribute__((always_inline)) {
+    constexpr int first = group * lanes;
+    constexpr int count = kb * taps - first < lanes ? kb * taps - first : lanes;
+    Vec<A> each[lanes] = {};
+    unroll<count>([&](auto i) __attribute__((always_inline)) {
+      each[i] = acc[(first + i) / taps][(first + i) % taps];
+    });
+    A sums[lanes];
+    store(sums, sum_lanes_of_each<A>(each));
+    unroll<count>([&](auto i) __attribute__((always_inline)) {
+      s.out[(first + i) / taps * s.out_stride + (first + i) % taps] += sums[i];
     });
   });
 }

@@ -245,6 +245,30 @@ D3NET_INLINE A sum_lanes(Vec<A> v) {
   return v[0] + v[1];
 }
 
+/// Lanes with bit `distance` clear (upper = false) or set from a, then from b.
+template <int lanes, int distance, bool upper>
+struct Half {
+  static constexpr int of(int lane) {
+    const int from = lane & distance ? lanes : 0;
+    return from + (lane & ~distance) + (upper ? distance : 0);
+  }
+};
+
+/// Lane i of the result is the sum of all lanes of r[i].
+template <class A>
+D3NET_INLINE Vec<A> sum_lanes_of_each(Vec<A> (&r)[kLanes<A>]) {
+  constexpr int n = kLanes<A>;
+  constexpr int steps = n == 16 ? 4 : n == 8 ? 3 : n == 4 ? 2 : 1;
+  unroll<steps>([&](auto step) __attribute__((always_inline)) {
+    constexpr int s = 1 << step;
+    unroll<n / 2 / s>([&](auto i) __attribute__((always_inline)) {
+      const Vec<A> a = r[2 * i * s], b = r[(2 * i + 1) * s];
+      r[2 * i * s] = shuffle<Half<n, s, false>>(a, b) + shuffle<Half<n, s, true>>(a, b);
+    });
+  });
+  return r[0];
+}
+
 /// The two rows of a 2x2 transpose whose elements are runs of `run` lanes.
 template <int lanes, int run>
 struct UpperRow {

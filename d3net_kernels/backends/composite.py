@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .. import _binary, _layout, reference
-from ..statistics import dtype_for
 
 
 def why_not(tensors: Sequence[Tensor]) -> str | None:
@@ -131,12 +130,18 @@ def backward_weight(
     return torch.cat(grads, 1).contiguous(), grad_output.sum((0, 2, 3))
 
 
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernel of d3net_kernels::channel_moments."""
+    var, mean = torch.var_mean(x.to(_layout.dtype_for(x)), (0, 2, 3), correction=0)
+    return mean, var
+
+
 def _grad_of_psi(group: _Group, grad_output: Tensor) -> Tensor:
     """Gradient with respect to what enters the convolution: psi(x), or x itself without psi."""
     if grad_output.numel() == 0:
         return torch.zeros_like(group.x)
     # Not rounded to 16 bits before the sums over N, H and W that scale and shift take of it.
-    dtype = group.x.dtype if group.scale is None else dtype_for(group.x)
+    dtype = group.x.dtype if group.scale is None else _layout.dtype_for(group.x)
     grad: Tensor = conv2d_input(
         group.x.shape,
         group.weight.to(dtype),
