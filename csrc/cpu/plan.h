@@ -126,8 +126,8 @@ inline Tiling choose_tiling(int64_t batch, int64_t height, int64_t width, int64_
   return t;
 }
 
-constexpr int64_t kGradientBytes = 4096;    // of one channel: a block of them stays in L1
-constexpr int64_t kPartialBytes = 8 << 20;  // all partial weight gradients together
+constexpr int64_t kGradientBytes = 32 << 10;  // of a block of channels of a tile: part of L1
+constexpr int64_t kPartialBytes = 8 << 20;    // all partial weight gradients together
 constexpr int64_t kFewestParts = 4, kMostParts = 16;
 
 /// The weight gradient: pixels are cut into tiles, tiles dealt to `parts` partial sums that are
@@ -147,10 +147,11 @@ inline ReductionTiling choose_reduction_tiling(int64_t batch, int64_t height, in
   t.strips = ceil_div(row_vectors, kMaxTileVectors);
   t.cols = ceil_div(row_vectors, t.strips) * machine.lanes;
   t.strips = ceil_div(width, t.cols);
-  t.rows = std::clamp<int64_t>(kGradientBytes / (t.cols * element_bytes), 1, height);
-  t.bands = ceil_div(height, t.rows);
   const int64_t blocks = ceil_div(out_channels, out_block);
   t.blocking.out_block = ceil_div(out_channels, blocks);
+  const int64_t row_bytes = t.blocking.out_block * t.cols * element_bytes;
+  t.rows = std::clamp<int64_t>(kGradientBytes / row_bytes, 1, height);
+  t.bands = ceil_div(height, t.rows);
   t.out_groups = ceil_div(blocks, 3);
   t.out_group = ceil_div(blocks, t.out_groups) * t.blocking.out_block;
   t.out_groups = ceil_div(out_channels, t.out_group);
