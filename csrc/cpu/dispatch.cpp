@@ -2,6 +2,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -23,9 +25,12 @@ const Kernels* find(const char* name) {
 }
 
 const Kernels* at_start() {
-  const Kernels* asked = nullptr;
-  if (const char* name = std::getenv("D3NET_KERNELS_ISA")) asked = find(name);
-  return asked ? asked : find(nullptr);
+  const char* name = std::getenv("D3NET_KERNELS_ISA");
+  const Kernels* kernels = find(name && *name ? name : nullptr);
+  if (!kernels)
+    throw std::runtime_error(std::string("D3NET_KERNELS_ISA is '") + name +
+                             "'; accepted are portable, avx2 and avx512 where this CPU has them");
+  return kernels;
 }
 
 std::atomic<const Kernels*>& in_force() {

@@ -29,8 +29,8 @@ class WorkQueue {
   void work(F&& item) {
     for (int64_t i = take(), next; i >= 0; i = next) {
       next = take();
+      const Done done{done_};  // also when item throws: nobody waits for ever
       item(i, next);
-      done_.fetch_add(1, std::memory_order_release);
     }
   }
   /// Waits for items other threads took; each of those threads is running, so this ends.
@@ -39,6 +39,10 @@ class WorkQueue {
   }
 
  private:
+  struct Done {
+    std::atomic<int64_t>& count;
+    ~Done() { count.fetch_add(1, std::memory_order_release); }
+  };
   int64_t take() {
     const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
     return i < count_ ? i : -1;
