@@ -43,4 +43,4 @@ def test_make_target_exists(command: str) -> None:
 
 def test_linked_files_exist() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).is_file(), link
+        assert (ROOT / link).exists(), link
