@@ -1,4 +1,4 @@
-"""The command line: ``d3net demo``."""
+"""The command line: ``d3net demo``, ``d3net models``, ``d3net convert``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="d3net", description="D3Net on fused kernels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_demo(commands)
+    add_models(commands)
+    add_convert(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -57,6 +59,48 @@ def demo(options: argparse.Namespace) -> None:
             report = run_demo(options.out, options.steps, options.seed)
     print(report.table())
     print(f"The stems, the picture and this table are in {options.out.resolve()}")
+
+
+def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``d3net models``."""
+    parser = commands.add_parser(
+        "models",
+        help="list the networks with their sizes",
+        description="Lists every network with its trainable parameters, and its "
+        "multiply-accumulates for one input of the given shape.",
+    )
+    parser.set_defaults(run=models)
+
+
+def models(options: argparse.Namespace) -> None:
+    from d3net.costs import table
+
+    print(table())
+
+
+def add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``d3net convert``."""
+    parser = commands.add_parser(
+        "convert",
+        help="official .h5 weights to .safetensors, or back",
+        description="Reads the official NNabla weights (.h5) and writes them as .safetensors, or "
+        "the reverse. Every name and shape has to fit; what does not is listed, and nothing is "
+        "written. Needs pip install 'd3net-kernels[h5]'.",
+    )
+    parser.add_argument("source", type=Path, help="file to read, .h5 or .safetensors")
+    parser.add_argument("target", type=Path, help="file to write, .safetensors or .h5")
+    parser.add_argument("--model", help="name of the network; recognised if not given")
+    parser.set_defaults(run=convert)
+
+
+def convert(options: argparse.Namespace) -> None:
+    from d3net.convert import convert
+
+    try:
+        name = convert(options.source, options.target, options.model)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        raise CommandError(str(error)) from error
+    print(f"{options.target} has the weights of {name}")
 
 
 @contextmanager

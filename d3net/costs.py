@@ -1,0 +1,76 @@
+"""What a network costs: parameters and multiplications."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from d3net.registry import create_model, find, list_models
+from d3net_kernels import D2Block
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Trainable parameters, multiply-accumulates of the convolutions, and for which input."""
+
+    parameters: int
+    macs: int
+    input_shape: tuple[int, ...]
+
+
+def cost(name: str) -> Cost:
+    """The cost of a network by its name; only shapes are followed, nothing is computed.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    shape = find(name).input_shape
+    with torch.device("meta"), torch.no_grad():
+        model = create_model(name).eval()
+        macs = 0
+
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal macs
+            # A transposed convolution of stride 2 and size 2 reads every input once per weight.
+            positions = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            weights = sum(p.numel() for p in module.parameters() if p.dim() == 4)
+            macs += positions.shape[0] * positions.shape[2] * positions.shape[3] * weights
+
+        for module in model.modules():
+            if isinstance(module, D2Block):
+                module.forward = partial(_result_shape, module)  # type: ignore[method-assign]
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, D2Block)):
+                module.register_forward_hook(count)
+        model(torch.empty(shape))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Cost(parameters, macs, shape)
+
+
+def _result_shape(block: D2Block, x: Tensor) -> Tensor:
+    """An empty tensor of the shape that the D2 block would give."""
+    return x.new_empty(x.shape[0], block.growth_rate * block.out_layers, *x.shape[2:])
+
+
+def table() -> str:
+    """All networks: name, parameters, GMACs, input."""
+    rows = [("model", "parameters", "GMACs", "input")]
+    for name in list_models():
+        c = cost(name)
+        rows.append(
+            (name, f"{c.parameters:,}", f"{c.macs / 1e9:.2f}", " x ".join(map(str, c.input_shape)))
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                row[1].rjust(widths[1]),
+                row[2].rjust(widths[2]),
+                row[3],
+            ]
+        )
+        for row in rows
+    )

@@ -1,0 +1,138 @@
+"""Networks that save to a folder and come back from it: config.json and model.safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+P = TypeVar("P", bound="Pretrained")
+
+
+class Pretrained(nn.Module):
+    """A network that is made from one config, a frozen dataclass of the type `Config`."""
+
+    Config: type[Any]
+
+    def __init__(self, config: Any) -> None:
+        if not isinstance(config, self.Config):
+            raise TypeError(
+                f"config is a {type(config).__name__}; {type(self).__name__} is made from a "
+                f"{self.Config.__name__}"
+            )
+        super().__init__()
+        self.config = config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into `folder`, which is made if it is missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"architecture": type(self).__name__, **dataclasses.asdict(self.config)}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        save_safetensors(self.state_dict(), folder / WEIGHTS_FILE)
+
+    @classmethod
+    def from_pretrained(cls: type[P], folder: str | Path) -> P:
+        """The network that :meth:`save_pretrained` wrote into `folder`, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: the folder or one of its two files is missing.
+            ValueError: a file is damaged, or belongs to another kind of network.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name} is missing; accepted is a folder that save_pretrained wrote"
+                )
+        model = cls(_read_config(cls, folder / CONFIG_FILE))
+        load_safetensors(folder / WEIGHTS_FILE, model)
+        return model.eval()
+
+
+def save_safetensors(
+    state: dict[str, Tensor], path: str | Path, *, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a state_dict, with a few words about it if there are any."""
+    save_file({name: t.contiguous() for name, t in state.items()}, path, metadata)
+
+
+def load_safetensors(path: str | Path, model: nn.Module) -> None:
+    """Load a state_dict that fits `model` exactly; on any error the model stays as it was.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or its names or shapes do not fit.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing; accepted is a .safetensors file")
+    try:
+        state = load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    own = model.state_dict()
+    problems = [
+        *(f"missing {name}" for name in own if name not in state),
+        *(f"unexpected {name}" for name in state if name not in own),
+        *(
+            f"{name} has shape {tuple(state[name].shape)}, expected {tuple(t.shape)}"
+            for name, t in own.items()
+            if name in state and state[name].shape != t.shape
+        ),
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(problems))
+    model.load_state_dict(state)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The words that :func:`save_safetensors` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing; accepted is a .safetensors file")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _read_config(cls: type[Pretrained], path: Path) -> Any:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    architecture = values.pop("architecture", None) if isinstance(values, dict) else None
+    if architecture != cls.__name__:
+        raise ValueError(
+            f"{path} describes a {architecture}, not a {cls.__name__}; load it with the class that "
+            "saved it"
+        )
+    try:
+        return _config_from(cls.Config, values)
+    except TypeError as error:
+        raise ValueError(f"{path} does not describe a {cls.__name__}: {error}") from error
+
+
+def _config_from(config: type[Any], values: dict[str, Any]) -> Any:
+    """The dataclass `config` from its JSON values: nested ones rebuilt, lists as tuples."""
+    hints = get_type_hints(config)
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints.get(name)) and isinstance(value, dict):
+            fields[name] = _config_from(hints[name], value)
+        else:
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    return config(**fields)
