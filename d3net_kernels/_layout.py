@@ -1,4 +1,4 @@
-"""Memory layout and dtype of results, the rules that kernels and fake kernels share.
+"""Memory layout and dtype of results, the rules that all kernels and checks share.
 
 Strides are spelled out instead of using torch.channels_last, which is ambiguous where C or H*W is
 1 and would let a fake tensor and a real one disagree.
@@ -28,3 +28,11 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 def dtype_for(x: Tensor) -> torch.dtype:
     """Statistics, scale and shift are float32, or float64 next to float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype_for(x: Tensor) -> torch.dtype | None:
+    """What torch.autocast makes of `x`; None where it is off, unknown to the device, or float64."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

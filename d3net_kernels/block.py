@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from ._layout import dtype_for
+from ._layout import autocast_dtype_for, dtype_for
 from .functional import multidilated_conv2d
 from .statistics import batch_statistics
 
@@ -80,8 +80,9 @@ def d2_block(
     out_layers = checks.block_options(norm, out_layers, layers)
     batch_statistics = any(n.running_mean is None or n.use_batch_statistics for n in params.norms)
     checks.block_input(x, params.convs[0].weight, batch_statistics)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # once, and not once per layer
+    autocast = autocast_dtype_for(x)
+    if autocast is not None:
+        x = x.to(autocast)  # once, and not once per layer
     psi = _PsiPerSource(params.norms) if norm == "per_source" else _PsiPerLayer(params.norms)
     sources = [x]
     for layer in range(1, layers + 1):

@@ -11,6 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ._layout import autocast_dtype_for
+
 Dilations: TypeAlias = Sequence[int | tuple[int, int]]
 
 ACCEPTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -234,7 +236,7 @@ def _same_place(name: str, t: Tensor, first: Tensor, first_name: str = "inputs[0
             f"{name} is on {t.device} and {first_name} on {first.device}; "
             "all tensors must be on one device"
         )
-    if t.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+    if t.dtype != first.dtype and autocast_dtype_for(first) is None:
         raise TypeError(
             f"{name} has dtype {t.dtype} and {first_name} {first.dtype}; they must be equal "
             "(or run under torch.autocast)"

@@ -273,3 +273,12 @@ def test_official_numbers(mode: str, file: str, backend: str | None) -> None:
             _close(t.grad, golden[f"grad_{mode}/{name}"], 5e-6)
         elif mode == "train":
             _close(t, golden[f"stat_after_train/{name}"], 2e-6)
+
+
+@pytest.mark.parametrize("norm", ["per_source", "per_layer"])
+def test_meta_tensors_have_shapes_only(norm: str) -> None:
+    block = dk.D2Block(5, 4, 3, norm=norm, out_layers=2, device="meta")
+    assert block(torch.empty(2, 5, 7, 9, device="meta")).shape == (2, 8, 7, 9)
+    conv = dk.MultidilatedConv2d([3, 2], 4, device="meta")
+    out = conv([torch.empty(1, c, 6, 5, device="meta") for c in (3, 2)])
+    assert out.shape == (1, 4, 6, 5)
