@@ -39,7 +39,9 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "and a table. Takes minutes on two cores; needs pip install 'd3net-kernels[demo]'.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder to write to")
+    parser.add_argument(
+        "--out", type=folder, default=Path("demo_output"), help="folder to write to"
+    )
     parser.add_argument("--steps", type=positive, default=150, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the crops")
     parser.set_defaults(run=demo)
@@ -112,11 +114,20 @@ def command_errors(extra: str) -> Iterator[None]:
         advice = f"this command needs: pip install 'd3net-kernels[{extra}]'"
         raise CommandError(f"{error}; {advice}") from error
     except OSError as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(f"{error.filename}: {error.strerror}") from error
 
 
 def positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} given, expected 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a whole number from 1 on")
     return value
+
+
+def folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name given, expected a folder")
+    return Path(text)

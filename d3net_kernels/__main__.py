@@ -31,7 +31,13 @@ def info() -> int:
         "threads": str(torch.get_num_threads()),
     }
     if _binary.missing is None:
-        rows["instruction set"] = torch.ops.d3net_kernels.cpu_isa("")
+        try:
+            rows["instruction set"] = torch.ops.d3net_kernels.cpu_isa("")
+        except RuntimeError as error:  # D3NET_KERNELS_ISA asks for what is not there
+            rows["instruction set"] = f"error: {str(error).splitlines()[0]}"
+    forced = backends.forced()
+    if forced is not None:
+        rows["forced backend"] = forced
     for name in backends.NAMES:
         reason = backends.why_not(name)
         rows[f"backend {name}"] = "available" if reason is None else f"not available: {reason}"

@@ -11,9 +11,11 @@ PATH = Path(__file__).with_name("_C.abi3.so")
 OLDEST_TORCH = (2, 10)
 
 _HOW_TO_BUILD = (
-    "install torch and a C++ compiler first, then `pip install --no-build-isolation d3net-kernels` "
-    "(in a source tree: `make`)"
+    "in the source tree, with torch and a C++20 compiler there, run: "
+    "pip install 'setuptools>=77' ninja && "
+    "pip install --no-build-isolation --force-reinstall --no-deps ."
 )
+
 _warned: set[str] = set()
 
 

@@ -73,7 +73,7 @@ def split_sources(
         return _cut(inputs, group_channels)
     if not isinstance(inputs, (list, tuple)):
         raise TypeError(
-            f"inputs is a {type(inputs).__name__}; accepted are a list or tuple of tensors "
+            f"inputs is of type {type(inputs).__name__}; accepted are a list or tuple of tensors "
             "(N, C_i, H, W), or one tensor with group_channels"
         )
     if group_channels is not None:
@@ -86,13 +86,30 @@ def split_sources(
     return list(inputs)
 
 
+def sources_match(inputs: Sequence[Tensor] | Tensor, in_channels: Sequence[int]) -> None:
+    """Check that a list of sources has the channels that a module was made for, one by one."""
+    if not isinstance(inputs, (list, tuple)):
+        return  # one tensor is cut by its channels, and checked there
+    if len(inputs) != len(in_channels):
+        raise ValueError(
+            f"inputs has {len(inputs)} source(s), but this module was made for {len(in_channels)}"
+        )
+    for i, (x, channels) in enumerate(zip(inputs, in_channels, strict=True)):
+        _source(f"inputs[{i}]", x)
+        if x.shape[1] != channels:
+            raise ValueError(
+                f"inputs[{i}] has {x.shape[1]} channels, but this module was made for {channels} "
+                f"there (in_channels {list(in_channels)})"
+            )
+
+
 def flat_dilations(dilations: Dilations | None, sources: int) -> list[int]:
     """Dilations as dh0, dw0, dh1, dw1, ...; None stands for 2**i, the paper's choice (eq. 2)."""
     if dilations is None:
         return [1 << i for i in range(sources) for _ in (0, 1)]
     if not isinstance(dilations, (list, tuple)):
         raise TypeError(
-            f"dilations is a {type(dilations).__name__}; accepted is a list with one int or "
+            f"dilations is of type {type(dilations).__name__}; accepted is a list with one int or "
             "(dh, dw) per source, or None for 2**i"
         )
     if len(dilations) != sources:
@@ -151,7 +168,9 @@ def positive_int(name: str, value: int) -> int:
 def positive_ints(name: str, values: Sequence[int]) -> list[int]:
     """`values` as a list if it is a list or tuple of ints >= 1 with at least one entry."""
     if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{name} is a {type(values).__name__}; accepted is a list of ints >= 1")
+        raise TypeError(
+            f"{name} is of type {type(values).__name__}; accepted is a list of ints >= 1"
+        )
     if not values:
         raise ValueError(f"{name} is empty; give one entry per source")
     return [positive_int(f"{name}[{i}]", value) for i, value in enumerate(values)]
@@ -214,13 +233,15 @@ def _sources_agree(sources: list[Tensor]) -> int:
 
 def _source(name: str, x: Tensor) -> None:
     _tensor(name, x)
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor; accepted are dense tensors (N, C, H, W)")
     if x.dim() != 4:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted is (N, C, H, W)")
 
 
 def _tensor(name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}; accepted is a torch.Tensor")
+        raise TypeError(f"{name} is of type {type(t).__name__}; accepted is a torch.Tensor")
     if t.dtype not in ACCEPTED_DTYPES:
         raise TypeError(
             f"{name} has dtype {t.dtype}; accepted are float32, float64, bfloat16 and float16"

@@ -33,7 +33,7 @@ def multidilated_conv2d(
             (N, sum C_i, H, W) together with `group_channels`.
         weight: (K, sum C_i, kh, kw), kh and kw odd; the groups in the order of the sources.
         bias: (K,) or None.
-        dilations: one int or (dh, dw) per source; None for 2**i.
+        dilations: a list with one int or (dh, dw) per source; None for 2**i.
         group_channels: C_0, C_1, ... where `inputs` is one tensor; it is not copied.
         scale: (sum C_i,), the factor of psi; goes together with `shift`.
         shift: (sum C_i,), the summand of psi.

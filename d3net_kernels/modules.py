@@ -22,7 +22,7 @@ class MultidilatedConv2d(nn.Module):
         in_channels: [C_0, C_1, ...], one per source.
         out_channels: K.
         kernel_size: odd, an int or (kh, kw).
-        dilations: one int or (dh, dw) per source; None for 2**i.
+        dilations: a list with one int or (dh, dw) per source; None for 2**i.
         bias: whether there is a bias.
 
     Parameters: weight (K, sum C_i, kh, kw) and bias (K,), initialised as those of nn.Conv2d.
@@ -59,7 +59,12 @@ class MultidilatedConv2d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, inputs: Sequence[Tensor] | Tensor) -> Tensor:
-        """The sources as a list of (N, C_i, H, W) or concatenated; returns (N, K, H, W)."""
+        """The sources as a list of (N, C_i, H, W) or concatenated; returns (N, K, H, W).
+
+        Raises:
+            TypeError, ValueError: a source is of the wrong kind or has other channels than C_i.
+        """
+        checks.sources_match(inputs, self.in_channels)
         return multidilated_conv2d(
             inputs,
             self.weight,
@@ -160,8 +165,8 @@ def _conv_params(conv: nn.Module) -> ConvParams:
 def _takes_batch_statistics(norm: nn.Module) -> bool:
     if not isinstance(norm, nn.BatchNorm2d):
         raise TypeError(
-            f"a norm of this D2Block is a {type(norm).__name__}; accepted is nn.BatchNorm2d (batch "
-            "statistics are those of one process, do not convert the block to SyncBatchNorm)"
+            f"a norm of this D2Block is of type {type(norm).__name__}; accepted is nn.BatchNorm2d "
+            "(batch statistics are those of one process, do not convert to SyncBatchNorm)"
         )
     return norm.training or norm.running_mean is None
 

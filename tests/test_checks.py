@@ -30,15 +30,15 @@ def _second(*shape: int, **options: Any) -> list[torch.Tensor]:
 _meta = {"device": "meta"}
 _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no sources": ({"inputs": []}, ValueError, "inputs is empty"),
-    "inputs is text": ({"inputs": "x"}, TypeError, "inputs is a str"),
-    "inputs is None": ({"inputs": None}, TypeError, "inputs is a NoneType"),
+    "inputs is text": ({"inputs": "x"}, TypeError, "inputs is of type str"),
+    "inputs is None": ({"inputs": None}, TypeError, "inputs is of type NoneType"),
     "inputs is a generator": ({"inputs": iter([])}, TypeError, "accepted are a list or tuple"),
     "a source is None": (
         {"inputs": [torch.randn(2, 5, 5, 6), None]},
         TypeError,
-        "inputs[1] is a NoneType",
+        "inputs[1] is of type NoneType",
     ),
-    "a source is an array": ({"inputs": [[[1.0]]]}, TypeError, "inputs[0] is a list"),
+    "a source is an array": ({"inputs": [[[1.0]]]}, TypeError, "inputs[0] is of type list"),
     "three dimensions": ({"inputs": [torch.randn(5, 5, 6)]}, ValueError, "(N, C, H, W)"),
     "other N": ({"inputs": _second(1, 3, 5, 6)}, ValueError, "inputs[1] has shape (1, 3, 5, 6)"),
     "other H": ({"inputs": _second(2, 3, 4, 6)}, ValueError, "must share N, H and W"),
@@ -91,14 +91,14 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "groups an int": (
         {"inputs": torch.randn(2, 5, 5, 6), "group_channels": 5},
         TypeError,
-        "group_channels is a int",
+        "group_channels is of type int",
     ),
     "groups of three dimensions": (
         {"inputs": torch.randn(5, 5, 6), "group_channels": [2, 3]},
         ValueError,
         "inputs has shape",
     ),
-    "weight is None": ({"weight": None}, TypeError, "weight is a NoneType"),
+    "weight is None": ({"weight": None}, TypeError, "weight is of type NoneType"),
     "weight of 3 dimensions": ({"weight": torch.randn(4, 5, 3)}, ValueError, "weight has shape"),
     "weight of other channels": (
         {"weight": torch.randn(4, 6, 3, 3)},
@@ -117,11 +117,11 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight elsewhere": ({"weight": torch.randn(4, 5, 3, 3, **_meta)}, ValueError, "weight is on"),
     "bias too long": ({"bias": torch.randn(5)}, ValueError, "bias has shape (5,)"),
     "bias of 2 dimensions": ({"bias": torch.randn(4, 1)}, ValueError, "accepted is (4,)"),
-    "bias a number": ({"bias": 1.0}, TypeError, "bias is a float"),
+    "bias a number": ({"bias": 1.0}, TypeError, "bias is of type float"),
     "bias of other dtype": ({"bias": torch.randn(4).half()}, TypeError, "bias has dtype"),
     "bias elsewhere": ({"bias": torch.randn(4, **_meta)}, ValueError, "bias is on meta"),
-    "dilations an int": ({"dilations": 2}, TypeError, "dilations is a int"),
-    "dilations text": ({"dilations": "12"}, TypeError, "dilations is a str"),
+    "dilations an int": ({"dilations": 2}, TypeError, "dilations is of type int"),
+    "dilations text": ({"dilations": "12"}, TypeError, "dilations is of type str"),
     "dilations empty": ({"dilations": []}, ValueError, "0 entries for 2 source(s)"),
     "dilations too few": ({"dilations": [1]}, ValueError, "1 entries for 2 source(s)"),
     "dilations too many": ({"dilations": [1, 2, 4]}, ValueError, "3 entries for 2"),
@@ -142,7 +142,7 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "scale of other dtype": ({"scale": torch.randn(5).half()}, TypeError, "scale has dtype"),
     "scale an integer": ({"scale": torch.ones(5, dtype=torch.int64)}, TypeError, "scale has dtype"),
-    "scale a number": ({"scale": 1.0}, TypeError, "scale is a float"),
+    "scale a number": ({"scale": 1.0}, TypeError, "scale is of type float"),
     "shift elsewhere": ({"shift": torch.randn(5, **_meta)}, ValueError, "shift is on meta"),
     "scale and shift differ": (
         {
@@ -217,7 +217,7 @@ def test_block_rejected(
         (torch.ones(2, 4, 6, 7, dtype=torch.int64), TypeError, "x has dtype torch.int64"),
         (torch.randn(2, 4, 6, 7).double(), TypeError, "and x torch.float64"),
         (torch.randn(1, 4, 1, 1), ValueError, "more than one value per channel"),
-        (None, TypeError, "x is a NoneType"),
+        (None, TypeError, "x is of type NoneType"),
     ],
 )
 def test_block_input_rejected(x: Any, error: type[Exception], message: str) -> None:
@@ -236,7 +236,7 @@ def copy_of_buffers(module: torch.nn.Module) -> list[torch.Tensor]:
     ("arguments", "error", "message"),
     [
         (([], 4), ValueError, "in_channels is empty"),
-        ((5, 4), TypeError, "in_channels is a int"),
+        ((5, 4), TypeError, "in_channels is of type int"),
         (([2, 0], 4), ValueError, "in_channels[1] is 0"),
         (([2], 0), ValueError, "out_channels is 0"),
         (([2], 4, 2), ValueError, "kernel_size is 2"),
@@ -248,3 +248,21 @@ def copy_of_buffers(module: torch.nn.Module) -> list[torch.Tensor]:
 def test_layer_rejected(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         dk.MultidilatedConv2d(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensor() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(3, 4, 5), torch.randn(3, 6, 7)])
+    with pytest.raises(TypeError, match=r"inputs\[0\] is a nested tensor"):
+        dk.multidilated_conv2d([nested], torch.randn(2, 3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [((4, 4), "inputs\\[0\\] has 4 channels"), ((6, 2), "inputs\\[0\\]"), ((8,), "1 source")],
+)
+def test_module_wants_its_own_channels(channels: tuple[int, ...], message: str) -> None:
+    """Also where the sum is right: sources swapped would be read with others' weights."""
+    conv = dk.MultidilatedConv2d([2, 6], 1)
+    with pytest.raises(ValueError, match=message):
+        conv([torch.randn(1, c, 5, 5) for c in channels])

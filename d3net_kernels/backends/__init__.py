@@ -53,6 +53,16 @@ class use_backend:  # noqa: N801 (used like a function)
         _forced = self._before.pop()
 
 
+def forced() -> str | None:
+    """The backend that is asked for, with what speaks against it; None if none is."""
+    if _forced is None:
+        return None
+    if _forced not in _PREDICATES:
+        return f"{_forced!r} (error: accepted are {', '.join(NAMES)})"
+    reason = why_not(_forced)
+    return _forced if reason is None else f"{_forced} (error: {reason})"
+
+
 def why_not(backend: str, *tensors: Tensor) -> str | None:
     """Why `backend` cannot serve `tensors` (or any tensor at all, if none are given), else None.
 
