@@ -185,7 +185,7 @@ def test_vmap(
     )
     names = [name for name in batched if name in problem.tensors()]
     if not names:
-        pytest.skip("there is no scale to batch")
+        pytest.skip(reason="there is no scale to batch")
     single = [problem.tensors()[name] for name in names]
     stacked = [torch.stack([t, 2 * t, -t], dim) for t in single]
 

@@ -90,9 +90,9 @@ class Convolution {
       channels += o.channels;
       dilation_h = std::max(dilation_h, o.dilation_h);
     }
-    const bool winograd = !std::is_same_v<A, double> &&
-                          prefers_winograd(shape.batch, shape.height, shape.width, channels,
-                                           shape.out_channels, shape.kernel_w, m);
+    const bool winograd =
+        !std::is_same_v<A, double> &&
+        prefers_winograd(shape.width, channels, shape.out_channels, shape.kernel_w, m);
     tiling_ = choose_tiling(shape.batch, shape.height, shape.width, shape.out_channels,
                             shape.kernel_h, dilation_h, winograd, sizeof(A), m);
     for (const auto& o : operands_) {
@@ -115,8 +115,8 @@ class Convolution {
   int64_t tiles() const { return shape_.batch * tiling_.tiles(); }
   int64_t tasks() const { return tiles() * tiling_.out_groups; }
 
-  /// Packs the weights of one block of outputs as [operand][chunk][tap row][tap
-  /// col][channel][output], tap cols transformed where the operand's rows are.
+  /// Packs the weights of one block of outputs; the order is operand, chunk, tap row, tap col,
+  /// channel, output. Tap cols are transformed where the operand's rows are.
   void pack(int64_t block) const {
     const int64_t first = block * tiling_.blocking.out_block;
     const int64_t outs = outputs_of(block);

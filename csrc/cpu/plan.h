@@ -178,10 +178,9 @@ struct Window {
 constexpr int64_t kWinogradPlanes = 4;
 
 /// Winograd's transforms pay where enough products share them.
-inline bool prefers_winograd(int64_t batch, int64_t height, int64_t width, int64_t channels,
-                             int64_t out_channels, int64_t kernel_w, Machine machine) {
-  return kernel_w == 3 && out_channels >= 8 && channels >= 12 && width > 3 * machine.lanes &&
-         batch * height > 0;
+inline bool prefers_winograd(int64_t width, int64_t channels, int64_t out_channels,
+                             int64_t kernel_w, Machine machine) {
+  return kernel_w == 3 && out_channels >= 8 && channels >= 12 && width > 3 * machine.lanes;
 }
 
 /// The pairs of columns that a dilation forms have to fill vectors and tiles.
