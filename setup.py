@@ -94,7 +94,7 @@ def extension_arguments() -> dict[str, Any]:
 
     binary = CppExtension(
         "d3net_kernels._C",
-        ["csrc/registration.cpp", *files("csrc/cpu", "*.cpp")],
+        [*files("csrc", "*.cpp"), *files("csrc/cpu", "*.cpp")],
         include_dirs=[str(ROOT / "csrc")],
         depends=files("csrc", "**/*.h"),
         extra_compile_args={"cxx": COMPILE_FLAGS},

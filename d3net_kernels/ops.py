@@ -17,6 +17,11 @@ from .backends import composite
 _NAMESPACE = "d3net_kernels"
 _PROBLEM = "Tensor[] inputs, Tensor weight"
 _PSI = "int[] dilations, Tensor? scale, Tensor? shift, bool relu"
+_BLOCK = (
+    "Tensor[] weights, Tensor[] biases, Tensor[] norm_weights, Tensor[] norm_biases,"
+    " Tensor[] running_means, Tensor[] running_vars, int[] use_batch, float eps, bool per_layer,"
+    " int out_layers, int precision"
+)
 
 library = torch.library.Library(_NAMESPACE, "DEF")
 for _schema in (
@@ -26,6 +31,10 @@ for _schema in (
     f"multidilated_conv2d_backward_weight(Tensor grad_output, {_PROBLEM}, {_PSI})"
     " -> (Tensor grad_weight, Tensor grad_bias)",
     "channel_moments(Tensor x) -> (Tensor mean, Tensor var)",
+    f"d2_block(Tensor x, {_BLOCK}) -> (Tensor out, Tensor features, Tensor mean, Tensor var)",
+    "d2_block_backward(Tensor grad_out, Tensor x, Tensor out, Tensor features, Tensor mean,"
+    f" Tensor var, {_BLOCK}, int[] wanted) -> (Tensor grad_x, Tensor[] grad_weights,"
+    " Tensor[] grad_biases, Tensor[] grad_norm_weights, Tensor[] grad_norm_biases)",
     "cpu_isa(str request) -> str",
 ):
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -34,6 +43,8 @@ multidilated_conv2d = _overloads.multidilated_conv2d.default
 backward_data = _overloads.multidilated_conv2d_backward_data.default
 backward_weight = _overloads.multidilated_conv2d_backward_weight.default
 channel_moments = _overloads.channel_moments.default
+d2_block = _overloads.d2_block.default
+d2_block_backward = _overloads.d2_block_backward.default
 
 # Below every device's own kernel: the dispatcher comes here where there is none.
 for _op, _kernel in (

@@ -1,6 +1,7 @@
 // What one instruction set offers; dispatch.cpp picks among them at run time.
 #pragma once
 
+#include "../d2_block.h"
 #include "../multidilated_conv.h"
 
 namespace d3net::cpu {
@@ -21,6 +22,12 @@ struct Kernels {
   /// moments: [channels][2], mean and biased variance over batch, height and width (not empty).
   void (*moments)(DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height,
                   int64_t width, double* moments);
+
+  /// mean and variance: of all source channels, in the accumulation type; those of x_0 are given
+  /// where a norm wants batch statistics, the others are computed.
+  void (*d2_forward)(const D2Problem&, const D2Features&, void* mean, void* variance);
+  void (*d2_backward)(const D2Problem&, const D2Features&, const void* mean, const void* variance,
+                      const D2Gradients&);
 };
 
 const Kernels& portable_kernels();

@@ -9,6 +9,12 @@
 #include "weight_grad.h"
 
 namespace d3net::cpu::D3NET_ISA {
+
+// In a translation unit of their own, d2_block_*.cpp.
+void d2_forward(const D2Problem&, const D2Features&, void* mean, void* variance);
+void d2_backward(const D2Problem&, const D2Features&, const void* mean, const void* variance,
+                 const D2Gradients&);
+
 namespace {
 
 template <class T>
@@ -123,7 +129,9 @@ const Kernels kKernels{
        double* out) {
       for_dtype(dtype,
                 [&](auto t) { moments<decltype(t)>(x, batch, channels, height, width, out); });
-    }};
+    },
+    d2_forward,
+    d2_backward};
 
 }  // namespace
 }  // namespace d3net::cpu::D3NET_ISA

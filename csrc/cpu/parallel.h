@@ -5,9 +5,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <deque>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace d3net::cpu {
 
@@ -52,26 +58,98 @@ class WorkQueue {
   std::atomic<int64_t> next_{0}, done_{0};
 };
 
-/// A grow-only, cache-line aligned buffer; one thread_local instance per use.
+/// What one thread sees of a parallel region that consists of phases. Every thread runs the same
+/// program; the items of a phase are shared out, and a phase begins when the one before it is done.
+class Crew {
+ public:
+  /// program(worker) on all threads, in one parallel region.
+  template <class F>
+  static void run(F&& program) {
+    Crew crew;
+    auto body = [&] {
+      Worker worker(crew);
+      program(worker);
+    };
+    on_all_threads(body);
+  }
+
+  class Worker {
+   public:
+    explicit Worker(Crew& crew) : crew_(crew) {}
+
+    /// item(i, next) for i in [0, count), each on one thread.
+    template <class F>
+    void each(int64_t count, F&& item) {
+      WorkQueue& queue = crew_.phase(phase_++, count);
+      queue.work(item);
+      queue.wait();
+    }
+    template <class F>
+    void once(F&& f) {
+      each(1, [&](int64_t, int64_t) { f(); });
+    }
+
+   private:
+    Crew& crew_;
+    size_t phase_ = 0;
+  };
+
+ private:
+  WorkQueue& phase(size_t index, int64_t count) {
+    const std::lock_guard lock(mutex_);
+    if (index == queues_.size()) queues_.emplace_back(count);
+    return queues_[index];
+  }
+
+  std::mutex mutex_;
+  std::deque<WorkQueue> queues_;
+};
+
+/// Asks for large pages where the system has them: fewer faults, fewer misses.
+inline void* allocate_aligned(size_t bytes) {
+  constexpr size_t page = 4096, large = size_t{2} << 20;
+  const size_t unit = bytes >= large ? large : page;
+  bytes = (bytes + unit - 1) / unit * unit;
+  void* memory = std::aligned_alloc(unit, bytes);
+  if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+  if (unit == large) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+/// Memory of one call, uninitialised; null where nothing is asked for.
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : memory_(count ? allocate_aligned(static_cast<size_t>(count) * sizeof(A)) : nullptr) {}
+  A* get() const { return static_cast<A*>(memory_.get()); }
+
+ private:
+  std::unique_ptr<void, Free> memory_;
+};
+
+/// A grow-only buffer; one thread_local instance per use.
 class Scratch {
  public:
   template <class A>
   A* get(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(A) + 4095) / 4096 * 4096;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(A);
     if (bytes > capacity_) {
       memory_.reset();
       capacity_ = 0;
-      memory_.reset(std::aligned_alloc(4096, bytes));
-      if (!memory_) throw std::bad_alloc();
+      memory_.reset(allocate_aligned(bytes));
       capacity_ = bytes;
     }
     return static_cast<A*>(memory_.get());
   }
 
  private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
   std::unique_ptr<void, Free> memory_;
   size_t capacity_ = 0;
 };

@@ -194,6 +194,32 @@ D3NET_INLINE void store_first(T* p, Vec<A> v, int64_t n) {
   for (int64_t i = 0; i < n && i < kLanes<A>; ++i) p[i] = buffer[i];
 }
 
+/// Lanes first <= l < last from memory, zeros elsewhere; touches only those elements.
+template <class A>
+D3NET_INLINE Vec<A> load_lanes(const A* p, int64_t first, int64_t last) {
+#if D3NET_VECTOR_BYTES == 64
+  const auto mask = static_cast<__mmask16>((1u << last) - (1u << first));
+  if constexpr (std::is_same_v<A, float>) return (Vec<A>)_mm512_maskz_loadu_ps(mask, p);
+  if constexpr (std::is_same_v<A, double>)
+    return (Vec<A>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+#endif
+  A buffer[kLanes<A>] = {};
+  for (int64_t i = first; i < last; ++i) buffer[i] = p[i];
+  return load<A>(buffer);
+}
+template <class A>
+D3NET_INLINE void store_lanes(A* p, Vec<A> v, int64_t first, int64_t last) {
+#if D3NET_VECTOR_BYTES == 64
+  const auto mask = static_cast<__mmask16>((1u << last) - (1u << first));
+  if constexpr (std::is_same_v<A, float>) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  if constexpr (std::is_same_v<A, double>)
+    return _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
+#endif
+  A buffer[kLanes<A>];
+  store<A>(buffer, v);
+  for (int64_t i = first; i < last; ++i) p[i] = buffer[i];
+}
+
 template <class A, class T>
 D3NET_INLINE A load_one(const T* p) {
   if constexpr (std::is_same_v<T, A>) return *p;
@@ -210,6 +236,24 @@ D3NET_INLINE void store_one(T* p, A value) {
 template <class V>
 D3NET_INLINE V fma(V a, V b, V c) {
   return a * b + c;
+}
+
+/// The larger of a bound, which is a number, and v; NaN passes.
+template <class A>
+D3NET_INLINE Vec<A> at_least(Vec<A> bound, Vec<A> v) {
+#if D3NET_VECTOR_BYTES == 64  // they return their second operand next to NaN (maskz: GCC 12 warns falsely)
+  if constexpr (std::is_same_v<A, float>)
+    return (Vec<A>)_mm512_maskz_max_ps(0xffff, (__m512)bound, (__m512)v);
+  else
+    return (Vec<A>)_mm512_maskz_max_pd(0xff, (__m512d)bound, (__m512d)v);
+#elif D3NET_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<A, float>)
+    return (Vec<A>)_mm256_max_ps((__m256)bound, (__m256)v);
+  else
+    return (Vec<A>)_mm256_max_pd((__m256d)bound, (__m256d)v);
+#else
+  return v < bound ? bound : v;
+#endif
 }
 
 /// NaN passes, as in torch.relu.

@@ -1,0 +1,12 @@
+// The D2 block for AVX2.
+#if defined(__x86_64__)
+
+#include "isa_avx2.h"
+// The kernels follow the switch to the instruction set.
+#include "d2_block_entry.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

@@ -1,0 +1,36 @@
+// The body of each instruction set's translation unit for the D2 block: four dtypes.
+#pragma once
+
+#include "d2_block_impl.h"
+#include "kernels.h"
+
+namespace d3net::cpu::D3NET_ISA {
+
+template <class F>
+void for_block_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(float{});
+    case DType::float64: return f(double{});
+    case DType::bfloat16: return f(bfloat16{});
+    case DType::float16: return f(float16{});
+  }
+}
+
+void d2_forward(const D2Problem& p, const D2Features& kept, void* mean, void* variance) {
+  for_block_dtype(p.dtype, [&](auto t) {
+    using A = Accumulator<decltype(t)>;
+    D2Forward<decltype(t)>(p, kept, static_cast<A*>(mean), static_cast<A*>(variance)).run();
+  });
+}
+
+void d2_backward(const D2Problem& p, const D2Features& kept, const void* mean,
+                 const void* variance, const D2Gradients& gradients) {
+  for_block_dtype(p.dtype, [&](auto t) {
+    using A = Accumulator<decltype(t)>;
+    D2Backward<decltype(t)>(p, kept, const_cast<A*>(static_cast<const A*>(mean)),
+                            const_cast<A*>(static_cast<const A*>(variance)), gradients)
+        .run();
+  });
+}
+
+}  // namespace d3net::cpu::D3NET_ISA

@@ -1,0 +1,124 @@
+// What a tile reads: psi on load, zeros outside the map, and the transform into V.
+#pragma once
+
+#include "tile_io.h"
+#include "tile_plan.h"
+#include "tile_transforms.h"
+
+namespace d3net::cpu::D3NET_ISA {
+
+/// A tensor with adjacent channels.
+template <class T>
+struct Slab {
+  T* data = nullptr;
+  int64_t stride_n = 0, stride_h = 0, stride_w = 0;
+
+  T* at(int64_t n, int64_t y, int64_t x) const {
+    return data + n * stride_n + y * stride_h + x * stride_w;
+  }
+};
+
+struct Origin {
+  int64_t image, y, x;  // of the first output
+};
+
+/// The tiles of a task.
+struct Tiles {
+  Origin at[kMostTiles];
+  int64_t count = 0;
+
+  Tiles() = default;
+  Tiles(const TileGrid& grid, int64_t first, int64_t most)
+      : count(std::min(most, grid.count() - first)) {
+    TileCursor cursor(grid, first);
+    for (int64_t t = 0; t < count; ++t, cursor.advance())
+      at[t] = {cursor.image, cursor.y, cursor.x};
+  }
+};
+
+inline void prefetch(const void* p, int64_t bytes) {
+  const char* line = static_cast<const char*>(p);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b, 0, 2);
+  __builtin_prefetch(line + bytes - 1, 0, 2);
+}
+
+template <class In, class A>
+struct TileInput {
+  static constexpr int kN = kLanes<A>;
+
+  Slab<const In> x;
+  bool activated = false;
+  Activation<A> psi;
+
+  /// V of some tiles: [position][group of channels][v_tiles][lane], positions v_position apart.
+  /// Of direct convolution only the live positions are written.
+  template <int m>
+  void transform(const PassShape& s, const Tiles& tiles, const int* live, int64_t num_live, A* v,
+                 int64_t v_tiles, int64_t v_position) const {
+    for (int64_t channel = 0; channel < s.in_channels; channel += kN, v += v_tiles * kN) {
+      const int64_t n = std::min<int64_t>(kN, s.in_channels - channel);
+      Vec<A> scale = broadcast(A{1}), shift{};
+      if (psi.scale) {
+        scale = load_first<A>(psi.scale + channel, n);
+        shift = load_first<A>(psi.shift + channel, n);
+      }
+      const Vec<A> floor = broadcast(psi.floor());
+      auto element = [&](const In* p) __attribute__((always_inline)) {
+        const Vec<A> value = n == kN ? load<A>(p) : load_first<A>(p, n);
+        return activated ? at_least<A>(floor, fma(value, scale, shift)) : value;
+      };
+      for (int64_t t = 0; t < tiles.count; ++t)
+        transform_tile<m>(s, tiles.at[t], channel, live, num_live, element, v + t * kN, v_position);
+    }
+  }
+
+ private:
+  template <int m, class F>
+  D3NET_INLINE void transform_tile(const PassShape& s, const Origin& tile, int64_t channel,
+                                   const int* live, int64_t num_live, F& element, A* v,
+                                   int64_t v_position) const {
+    if constexpr (m == 1) {
+      for (int64_t q = 0; q < num_live; ++q) {
+        const int64_t y = s.tap_y(tile.y, live[q] / s.kernel_w);
+        const int64_t column = s.tap_x(tile.x, live[q] % s.kernel_w);
+        store(v + live[q] * v_position,
+              s.inside(y, column) ? element(x.at(tile.image, y, column) + channel) : Vec<A>{});
+      }
+    } else {
+      constexpr int side = Winograd<m>::positions;
+      const int64_t top = tile.y - s.dilation_h, left = tile.x - s.dilation_w;
+      const int64_t step_y = s.dilation_h * x.stride_h, step_x = s.dilation_w * x.stride_w;
+      const In* corner = x.at(tile.image, top, left) + channel;
+      Vec<A> rows[side][side];
+      if (top >= 0 && left >= 0 && top + (side - 1) * s.dilation_h < s.height &&
+          left + (side - 1) * s.dilation_w < s.width) {
+        for (int i = 0; i < side; ++i) {
+          Vec<A> row[side];
+          unroll<side>([&](auto j) __attribute__((always_inline)) {
+            row[j] = element(corner + i * step_y + j * step_x);
+          });
+          Winograd<m>::input(row, rows[i]);
+        }
+      } else {
+        for (int i = 0; i < side; ++i) {
+          Vec<A> row[side];
+          for (int j = 0; j < side; ++j)
+            row[j] = s.inside(top + i * s.dilation_h, left + j * s.dilation_w)
+                         ? element(corner + i * step_y + j * step_x)
+                         : Vec<A>{};
+          Winograd<m>::input(row, rows[i]);
+        }
+      }
+      unroll<side>([&](auto j) __attribute__((always_inline)) {
+        Vec<A> column[side], result[side];
+        unroll<side>([&](auto i) __attribute__((always_inline)) { column[i] = rows[i][j]; });
+        Winograd<m>::input(column, result);
+        unroll<side>([&](auto i) __attribute__((always_inline)) {
+          store(v + (i * side + j) * v_position, result[i]);
+        });
+      });
+    }
+  }
+};
+
+}  // namespace d3net::cpu::D3NET_ISA

@@ -1,0 +1,398 @@
+// One source's convolution for all its consumers, on tiles: channels are adjacent in memory and
+// lanes are channels, so that a dilation is nothing but a distance between pixels.
+//
+// A task takes 12 or 24 tiles: psi on load and transform into V, a matrix product for each position
+// of the transformed tile, and the inverse transform into the destination.
+#pragma once
+
+#include <vector>
+
+#include "parallel.h"
+#include "tile_gemm.h"
+#include "tile_input.h"
+
+namespace d3net::cpu::D3NET_ISA {
+
+/// Output channels [begin, end) of a row of channels that may lie in two tensors: channel u is
+/// element u of `low` below `cut`, and element u - cut of `high` from there on.
+template <class A>
+struct Destination {
+  Slab<A> low, high;
+  int64_t cut = 0, begin = 0, end = 0;
+};
+
+/// The part of one vector of output channels that lies in one tensor.
+template <class A>
+struct Piece {
+  Slab<A> slab;  // data: where lane 0 would be
+  int64_t first, last;
+};
+
+/// Mean and sum of squared distances from it over `count` values, per channel.
+struct Moments {
+  double mean = 0, squares = 0;
+
+  /// Of two disjoint sets together (Chan, Golub & LeVeque).
+  void merge(double count, const Moments& other, double other_count) {
+    const double distance = other.mean - mean, total = count + other_count;
+    mean += distance * (other_count / total);
+    squares += other.squares + distance * distance * (count * other_count / total);
+  }
+};
+
+/// What a finished layer's first channels are measured for: batch statistics.
+/// moments: [task][channels], counts: [task] outputs of a channel.
+struct Measure {
+  int64_t channels = 0;  // 0: nothing
+  Moments* moments = nullptr;
+  double* counts = nullptr;
+};
+
+/// psi seen from behind: gradients of y = psi(x) become those of x * scale + shift.
+/// sums: [task][channels][2]: over outputs, of the gradient and of the gradient times (x - mean).
+template <class X, class A>
+struct PsiBackward {
+  Slab<const X> x;
+  Activation<A> psi;
+  const A* mean = nullptr;
+  double* sums = nullptr;
+};
+
+template <class In, class X, class A>
+class TilePass {
+  static constexpr int kN = kLanes<A>;
+
+ public:
+  PassShape shape;
+  PassPlan plan;
+  TileInput<In, A> input;
+  Weight weight;  // k: outputs, c: inputs; holds elements of type X
+  Destination<A> to;
+  const A* bias = nullptr;
+  bool accumulate = false;
+  Measure measure;
+  PsiBackward<X, A> behind;  // x.data null: none
+
+  int64_t tasks() const { return ceil_div(shape.grid(plan.algorithm).count(), plan.tiles); }
+
+  int64_t packed_size() const { return shape.positions(plan.algorithm) * u_position(vectors()); }
+  int64_t pack_items() const { return ceil_div(shape.in_channels, kPackedAtOnce); }
+
+  /// Transforms the weights of some input channels.
+  void pack(int64_t item, A* packed) const {
+    switch (plan.algorithm) {
+      case Algorithm::direct: return pack_channels<1>(item, packed);
+      case Algorithm::winograd2: return pack_channels<2>(item, packed);
+      case Algorithm::winograd4: return pack_channels<4>(item, packed);
+    }
+  }
+
+  /// Computes the tiles of a task; `next` is the one after it, or -1.
+  void run(int64_t task, int64_t next, const A* packed) const {
+    switch (plan.algorithm) {
+      case Algorithm::direct: return run_tiles<1>(task, next, packed);
+      case Algorithm::winograd2:
+        if constexpr (kTransforms) run_tiles<2>(task, next, packed);
+        return;
+      case Algorithm::winograd4:
+        if constexpr (kTransforms) run_tiles<4>(task, next, packed);
+        return;
+    }
+  }
+
+ private:
+  static constexpr bool kTransforms = std::is_same_v<A, float>;
+  static constexpr int64_t kPackedAtOnce = 8;
+
+  int64_t lead() const { return to.begin % kN; }
+  int64_t first_vector() const { return to.begin / kN; }
+  int64_t vectors() const { return ceil_div(to.end, kN) - first_vector(); }
+  int64_t u_position(int64_t vectors) const { return shape.in_channels * vectors * kN; }
+  // ---- weights ---------------------------------------------------------------------------------
+
+  /// U lies chunk by chunk, [position][channel][chunk * lanes] each.
+  template <int m>
+  void pack_channels(int64_t item, A* packed) const {
+    const int64_t channel = item * kPackedAtOnce;
+    const int64_t last = std::min(channel + kPackedAtOnce, shape.in_channels);
+    for (int64_t v = 0; v < vectors();) {
+      const int64_t chunk = next_chunk(vectors() - v);
+      for (int64_t k = 0; k < chunk; ++k)
+        for (int64_t c = channel; c < last; ++c)
+          pack_vector<m>(c, (v + k) * kN - lead(), u_position(chunk),
+                         packed + (c * chunk + k) * kN);
+      packed += shape.positions(plan.algorithm) * u_position(chunk);
+      v += chunk;
+    }
+  }
+
+  /// One input channel's weights to the output channels out, out + 1, ...; zeros beyond the ends.
+  template <int m>
+  void pack_vector(int64_t channel, int64_t out, int64_t position, A* u) const {
+    const X* w = static_cast<const X*>(weight.data) + channel * weight.stride_c;
+    const int64_t first = std::max<int64_t>(0, -out);
+    const int64_t last = std::min<int64_t>(kN, shape.out_channels - out);
+    auto tap = [&](int64_t i, int64_t j, A* values) {
+      for (int64_t l = 0; l < kN; ++l) values[l] = 0;
+      for (int64_t l = first; l < last; ++l)
+        values[l] = load_one<A>(w + (out + l) * weight.stride_k + i * weight.stride_h +
+                                j * weight.stride_w);
+    };
+    if constexpr (m == 1) {
+      for (int64_t i = 0; i < shape.kernel_h; ++i)
+        for (int64_t j = 0; j < shape.kernel_w; ++j, u += position) tap(i, j, u);
+    } else {
+      constexpr int side = Winograd<m>::positions;
+
+      WideDoubles taps[3][3], transformed[side][side];
+      for (int i = 0; i < 3; ++i)
+        for (int j = 0; j < 3; ++j) {
+          A values[kN];
+          tap(i, j, values);
+          for (int l = 0; l < kN; ++l) taps[i][j][l] = static_cast<double>(values[l]);
+        }
+      WideDoubles rows[3][side];
+      for (int i = 0; i < 3; ++i) Winograd<m>::weight(taps[i], rows[i]);
+      for (int j = 0; j < side; ++j) {
+        const WideDoubles column[3] = {rows[0][j], rows[1][j], rows[2][j]};
+        WideDoubles result[side];
+        Winograd<m>::weight(column, result);
+        for (int i = 0; i < side; ++i) transformed[i][j] = result[i];
+      }
+      for (int i = 0; i < side; ++i)
+        for (int j = 0; j < side; ++j, u += position)
+          for (int l = 0; l < kN; ++l) u[l] = static_cast<A>(transformed[i][j][l]);
+    }
+  }
+
+  // ---- one task --------------------------------------------------------------------------------
+
+  template <int m>
+  void run_tiles(int64_t task, int64_t next, const A* packed) const {
+    static thread_local Scratch v_memory, product_memory;
+    const int64_t positions = shape.positions(plan.algorithm);
+    const TileGrid grid = shape.grid(plan.algorithm);
+    const Tiles tiles(grid, task * plan.tiles, plan.tiles);
+    const Tiles ahead = next < 0 ? Tiles() : Tiles(grid, next * plan.tiles, plan.tiles);
+
+    // The extra vector keeps positions from falling on one cache set.
+    const int64_t groups = ceil_div(shape.in_channels, kN);
+    const int64_t v_position = groups * plan.tiles * kN + kN;
+    A* v = v_memory.get<A>(positions * v_position);
+    int live[kMostTaps];
+    const int64_t num_live = m == 1 ? shape.live_taps_of(tiles.at, tiles.count, live) : 0;
+    input.template transform<m>(shape, tiles, live, num_live, v, plan.tiles, v_position);
+
+    Totals totals{std::vector<Moments>(static_cast<size_t>(measure.channels)),
+                  std::vector<double>(behind.x.data ? 2 * shape.out_channels : 0)};
+    for (int64_t first = 0; first < vectors();) {
+      const int chunk = next_chunk(vectors() - first);
+      const bool last_chunk = first + chunk == vectors();
+      const int64_t product_position = chunk * plan.tiles * kN + kN;
+      A* products = product_memory.get<A>((m == 1 ? 1 : positions) * product_position);
+      MultiplyArgs<A> args{v,    v_position,          packed,     u_position(chunk), nullptr,
+                           1,    shape.in_channels,   plan.tiles, products};
+      const auto kernel = kMultiply<A>[plan.tiles % 24 == 0][chunk - 1];
+      if constexpr (m == 1) {
+        args.positions = live;
+        args.num_positions = num_live;
+        prefetch_outputs<m>(tiles, 0, first, chunk);
+        kernel(args);
+      } else {
+        for (int p = 0; p < positions; ++p) {
+          prefetch_outputs<m>(tiles, p, first, chunk);
+          if (last_chunk) prefetch_inputs<m>(ahead, p);
+          args.positions = &p;
+          args.products = products + p * product_position;
+          kernel(args);
+        }
+      }
+      for (int k = 0; k < chunk; ++k)
+        write_vector<m>(tiles, first + k, products + k * plan.tiles * kN, product_position, totals);
+      packed += positions * u_position(chunk);
+      first += chunk;
+    }
+    report(task, totals);
+  }
+
+  static constexpr int kMostPositions = 64;
+
+  // ---- outputs ---------------------------------------------------------------------------------
+
+  /// Sums over the outputs of one task.
+  struct Totals {
+    std::vector<Moments> moments;
+    std::vector<double> behind;
+    int64_t outputs = 0;
+  };
+
+  void report(int64_t task, const Totals& totals) const {
+    std::copy(totals.moments.begin(), totals.moments.end(),
+              measure.moments + task * measure.channels);
+    if (measure.channels) measure.counts[task] = static_cast<double>(totals.outputs);
+    std::copy(totals.behind.begin(), totals.behind.end(),
+              behind.sums + task * 2 * shape.out_channels);
+  }
+
+  int pieces_of(int64_t vector, Piece<A>* pieces) const {
+    const int64_t channel = (first_vector() + vector) * kN;
+    const int64_t first = std::max<int64_t>(0, to.begin - channel);
+    const int64_t last = std::min<int64_t>(kN, to.end - channel);
+    const int64_t cut = std::clamp(to.cut - channel, first, last);
+    int count = 0;
+    auto add = [&](const Slab<A>& slab, int64_t offset, int64_t from, int64_t until) {
+      if (from >= until) return;
+      pieces[count] = {slab, from, until};
+      pieces[count++].slab.data = slab.data + offset;
+    };
+    add(to.low, channel, first, cut);
+    add(to.high, channel - to.cut, cut, last);
+    return count;
+  }
+
+  /// The inverse transform of one vector of output channels, and all that happens to an output.
+  template <int m>
+  void write_vector(const Tiles& tiles, int64_t vector, const A* products, int64_t position,
+                    Totals& totals) const {
+    Piece<A> pieces[2];
+    const int num_pieces = pieces_of(vector, pieces);
+    const bool whole = num_pieces == 1 && pieces[0].first == 0 && pieces[0].last == kN;
+    const int64_t channel = vector * kN - lead();  // of lane 0, may be negative
+    Vec<A> offset{};
+    if (bias)
+      offset = load_lanes(bias + channel, std::max<int64_t>(0, -channel),
+                          std::min<int64_t>(kN, shape.out_channels - channel));
+
+    // Statistics: distances from the first output keep float sums accurate; double beyond a task.
+    const bool measured = channel < measure.channels && channel + kN > 0;
+    Vec<A> pivot{}, sum{}, squares{};
+    int64_t outputs = 0;
+
+    const bool masked = behind.x.data != nullptr;
+    const int64_t behind_lanes = masked ? std::min<int64_t>(kN, shape.out_channels - channel) : 0;
+    Vec<A> scale = broadcast(A{1}), shift{}, mean{};
+    if (masked && behind.psi.scale) {
+      scale = load_first<A>(behind.psi.scale + channel, behind_lanes);
+      shift = load_first<A>(behind.psi.shift + channel, behind_lanes);
+    }
+    if (masked && behind.mean) mean = load_first<A>(behind.mean + channel, behind_lanes);
+
+    auto write = [&](const Origin& tile, int64_t y, int64_t x, Vec<A> v)
+                     __attribute__((always_inline)) {
+      v += offset;
+      if (whole) {
+        A* p = pieces[0].slab.at(tile.image, y, x);
+        if (accumulate) v += load(p);
+        if (masked) {
+          const X* px = behind.x.at(tile.image, y, x) + channel;
+          const Vec<A> value =
+              behind_lanes == kN ? load<A>(px) : load_first<A>(px, behind_lanes);
+          if (behind.psi.relu) v = fma(value, scale, shift) <= 0 ? Vec<A>{} : v;
+          sum += v;
+          squares = fma(v, value - mean, squares);
+        }
+        store(p, v);
+      } else {
+        Vec<A> old{};
+        if (accumulate)
+          for (int i = 0; i < num_pieces; ++i)
+            old += load_lanes(pieces[i].slab.at(tile.image, y, x), pieces[i].first,
+                              pieces[i].last);
+        v += old;
+        for (int i = 0; i < num_pieces; ++i)
+          store_lanes(pieces[i].slab.at(tile.image, y, x), v, pieces[i].first, pieces[i].last);
+      }
+      if (measured) {
+        if (outputs++ == 0) pivot = v;
+        const Vec<A> distance = v - pivot;
+        sum += distance;
+        squares = fma(distance, distance, squares);
+      }
+    };
+
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const Origin& tile = tiles.at[t];
+      if constexpr (m == 1) {
+        write(tile, tile.y, tile.x, load(products + t * kN));
+      } else {
+        constexpr int side = Winograd<m>::positions;
+        Vec<A> columns[m][side];
+        unroll<side>([&](auto j) __attribute__((always_inline)) {
+          Vec<A> column[side], result[m];
+          unroll<side>([&](auto i) __attribute__((always_inline)) {
+            column[i] = load(products + (i * side + j) * position + t * kN);
+          });
+          Winograd<m>::output(column, result);
+          unroll<m>([&](auto i) __attribute__((always_inline)) { columns[i][j] = result[i]; });
+        });
+        for (int i = 0; i < m; ++i) {
+          const int64_t y = tile.y + i * shape.dilation_h;
+          if (y >= shape.height) break;
+          Vec<A> result[m];
+          Winograd<m>::output(columns[i], result);
+          unroll<m>([&](auto j) __attribute__((always_inline)) {
+            const int64_t x = tile.x + j * shape.dilation_w;
+            if (x < shape.width) write(tile, y, x, result[j]);
+          });
+        }
+      }
+    }
+
+    if (measured) {
+      totals.outputs = outputs;
+      const double n = static_cast<double>(outputs);
+      for (int64_t l = std::max<int64_t>(0, -channel);
+           l < std::min<int64_t>(kN, measure.channels - channel); ++l) {
+        const double s = static_cast<double>(sum[l]);
+        const double around_mean = static_cast<double>(squares[l]) - s * s / n;
+        totals.moments[static_cast<size_t>(channel + l)] = {
+            static_cast<double>(pivot[l]) + s / n,
+            around_mean < 0 ? 0 : around_mean};  // NaN stays
+      }
+    }
+    for (int64_t l = 0; l < behind_lanes; ++l) {
+      totals.behind[static_cast<size_t>(2 * (channel + l))] = static_cast<double>(sum[l]);
+      totals.behind[static_cast<size_t>(2 * (channel + l) + 1)] = static_cast<double>(squares[l]);
+    }
+  }
+
+  // ---- what is needed next comes to L2 while the products are made ------------------------------
+
+  template <int m>
+  void prefetch_outputs(const Tiles& tiles, int p, int64_t first, int64_t chunk) const {
+    if (!accumulate && !behind.x.data) return;
+    const int i = (p - m) / m, j = (p - m) % m;  // positions m .. m + m * m - 1 each take an output
+    if (m > 1 && (p < m || i >= m)) return;
+    const int64_t channel = (first_vector() + first) * kN;
+    const Slab<A>& slab = channel < to.cut ? to.low : to.high;
+    const int64_t offset = channel < to.cut ? channel : channel - to.cut;
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const Origin& tile = tiles.at[t];
+      const int64_t y = tile.y + (m > 1 ? i * shape.dilation_h : 0);
+      const int64_t x = tile.x + (m > 1 ? j * shape.dilation_w : 0);
+      if (y >= shape.height || x >= shape.width) continue;
+      if (accumulate)
+        prefetch(slab.at(tile.image, y, x) + offset, chunk * kN * static_cast<int64_t>(sizeof(A)));
+      if (behind.x.data)
+        prefetch(behind.x.at(tile.image, y, x) + first * kN,
+                 chunk * kN * static_cast<int64_t>(sizeof(X)));
+    }
+  }
+
+  /// The inputs that the next task's tiles do not share with their neighbours.
+  template <int m>
+  void prefetch_inputs(const Tiles& tiles, int p) const {
+    constexpr int side = m + 2;
+    const int i = p / side, j = p % side;
+    if (shape.dilation_w == 1 && (j == 0 || j > m)) return;
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t y = tiles.at[t].y + (i - 1) * shape.dilation_h;
+      const int64_t x = tiles.at[t].x + (j - 1) * shape.dilation_w;
+      if (shape.inside(y, x))
+        prefetch(input.x.at(tiles.at[t].image, y, x),
+                 shape.in_channels * static_cast<int64_t>(sizeof(In)));
+    }
+  }
+};
+
+}  // namespace d3net::cpu::D3NET_ISA

@@ -1,0 +1,63 @@
+// A whole D2 block as plain structs: layer l reads psi(x_0), ..., psi(x_{l-1}), source i with
+// dilation 2^i, and gives x_l; psi is batch normalisation and ReLU.
+// (Takahashi & Mitsufuji, CVPR 2021, eq. 2 and 3.)
+#pragma once
+
+#include "multidilated_conv.h"
+
+namespace d3net {
+
+/// One batch normalisation; arrays of the accumulation type.
+struct Norm {
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  const void* mean = nullptr;  // running statistics, where use_batch is false
+  const void* variance = nullptr;
+  bool use_batch = false;
+};
+
+/// The convolution of one source for all the layers that read it: a slot of k outputs each.
+struct SlotConv {
+  Weight weight;               // (k (L - i), C_i, 3, 3)
+  const void* bias = nullptr;  // (k (L - i),) of the accumulation type, or null
+};
+
+struct D2Problem {
+  DType dtype = DType::float32;
+  int64_t batch = 0, height = 0, width = 0;
+  int64_t in_channels = 0, growth = 0, layers = 0;
+  int64_t out_layers = 0;  // how many of the last layers are the result
+  bool per_layer = false;  // a norm for each layer's sources together, instead of one per source
+  double eps = 1e-5;
+  int precision = 0;  // cpu::Precision
+  View x;             // channels adjacent
+  const SlotConv* convs = nullptr;
+  const Norm* norms = nullptr;
+
+  /// Channels of the sources x_0 .. x_{L-1} together, which statistics are kept of.
+  int64_t source_channels() const { return in_channels + (layers - 1) * growth; }
+  int64_t channels_of(int64_t source) const { return source ? growth : in_channels; }
+  int64_t first_channel(int64_t source) const {
+    return source ? in_channels + (source - 1) * growth : 0;
+  }
+};
+
+/// The layers that are kept but not returned live in `features`, the others in `out`. Both are
+/// (batch, height, width, channels); each row of channels of `features` has `pitch` elements and
+/// ends with x_{L - out_layers}.
+struct D2Features {
+  void* features = nullptr;
+  int64_t pitch = 0;
+  void* out = nullptr;
+};
+
+struct D2Gradients {
+  View out;           // in; any strides
+  void* x = nullptr;  // (batch, height, width, in_channels), or null; likewise below
+  void* const* weights = nullptr;
+  double* const* biases = nullptr;        // (k (L - i),)
+  double* const* norm_weights = nullptr;  // gamma
+  double* const* norm_biases = nullptr;   // beta
+};
+
+}  // namespace d3net
