@@ -7,6 +7,8 @@
 
 namespace d3net {
 
+constexpr int64_t kAlignedChannels = 16;  // a cache line of float32
+
 /// One batch normalisation; arrays of the accumulation type.
 struct Norm {
   const void* weight = nullptr;
@@ -34,6 +36,13 @@ struct D2Problem {
   const SlotConv* convs = nullptr;
   const Norm* norms = nullptr;
 
+  /// x_1 .. x_L side by side: all passes add to channels that end with x_L, so its end is aligned.
+  int64_t row() const {
+    return (growth * layers + kAlignedChannels - 1) / kAlignedChannels * kAlignedChannels;
+  }
+  int64_t in_row(int64_t layer) const { return row() - growth * (layers - layer + 1); }
+  int64_t hidden_layers() const { return layers - out_layers; }
+
   /// Channels of the sources x_0 .. x_{L-1} together, which statistics are kept of.
   int64_t source_channels() const { return in_channels + (layers - 1) * growth; }
   int64_t channels_of(int64_t source) const { return source ? growth : in_channels; }
@@ -43,8 +52,8 @@ struct D2Problem {
 };
 
 /// The layers that are kept but not returned live in `features`, the others in `out`. Both are
-/// (batch, height, width, channels); each row of channels of `features` has `pitch` elements and
-/// ends with x_{L - out_layers}.
+/// (batch, height, width, channels). A pixel of `features` has `pitch` elements, in which the layers
+/// lie as in the row x_1 .. x_L that ends on a multiple of kAlignedChannels.
 struct D2Features {
   void* features = nullptr;
   int64_t pitch = 0;

@@ -9,10 +9,6 @@
 namespace d3net {
 namespace {
 
-constexpr int64_t kAlignedChannels = 16;
-
-int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
 /// The block's arguments as a D2Problem, with the memory it points to.
 class BlockCall {
  public:
@@ -65,7 +61,9 @@ class BlockCall {
 
   /// Channels of a pixel of the features that are kept but not returned.
   int64_t pitch() const {
-    return round_up(problem.growth * (problem.layers - problem.out_layers), kAlignedChannels);
+    if (problem.hidden_layers() == 0) return 0;
+    const int64_t end = problem.in_row(problem.hidden_layers() + 1);
+    return (end + kAlignedChannels - 1) / kAlignedChannels * kAlignedChannels;
   }
   /// Whether a norm takes batch statistics of x_0.
   bool measures_input() const {
@@ -96,13 +94,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensors weights, Te
                                                    Tensors running_means,
                                                    Tensors running_variances, Ints use_batch,
                                                    double eps, bool per_layer, int64_t out_layers,
-                                                   int64_t precision) {
+                                                   int64_t precision, bool keep) {
   const BlockCall call(x, weights, biases, norm_weights, norm_biases, running_means,
                        running_variances, use_batch, eps, per_layer, out_layers, precision);
   const D2Problem& p = call.problem;
   const ScalarType kept = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
   Tensor out = new_empty(x, p.batch, p.growth * p.out_layers, p.height, p.width, true);
-  Tensor features = torch::stable::new_empty(x, Ints{p.batch, p.height, p.width, call.pitch()});
+  Tensor features =
+      torch::stable::new_empty(x, Ints{p.batch, p.height, p.width, keep ? call.pitch() : 0});
+  advise_large_pages(features);
+  static thread_local cpu::Scratch memory;
+  const int64_t hidden = keep ? 0 : p.batch * p.height * p.width * call.pitch();
+  const cpu::Borrowed<char> temporary(memory, hidden * x.element_size());
   Tensor mean = torch::stable::new_zeros(x, Ints{p.source_channels()}, kept);
   Tensor variance = torch::stable::new_zeros(x, Ints{p.source_channels()}, kept);
   if (!call.empty()) {
@@ -113,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensors weights, Te
       assign(torch::stable::narrow(mean, 0, 0, p.in_channels), moments.data(), 2);
       assign(torch::stable::narrow(variance, 0, 0, p.in_channels), moments.data() + 1, 2);
     }
-    cpu::kernels().d2_forward(p, {features.data_ptr(), call.pitch(), out.data_ptr()},
-                              mean.data_ptr(), variance.data_ptr());
+    void* data = keep ? features.data_ptr() : temporary.get();
+    cpu::kernels().d2_forward(p, {data, call.pitch(), out.data_ptr()}, mean.data_ptr(), variance.data_ptr());
   }
   return {std::move(out), std::move(features), std::move(mean), std::move(variance)};
 }

@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "multidilated_conv.h"
 
 namespace d3net {
@@ -45,6 +46,10 @@ inline bool is_channels_last(const Tensor& t) {
   return t.stride(1) == 1 && t.size(1) > 1 && t.size(2) * t.size(3) > 1;
 }
 
+inline void advise_large_pages(const Tensor& t) {
+  cpu::advise_large_pages(t.data_ptr(), static_cast<size_t>(t.numel() * t.element_size()));
+}
+
 inline Tensor new_empty(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
                         bool channels_last) {
   const Ints size{n, c, h, w};
@@ -58,7 +63,9 @@ inline Tensor new_empty(const Tensor& like, int64_t n, int64_t c, int64_t h, int
                                     from(std::nullopt)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  Tensor t = torch::stable::detail::to<Tensor>(stack[0]);
+  advise_large_pages(t);
+  return t;
 }
 
 inline Tensor new_empty_like(const Tensor& t) {

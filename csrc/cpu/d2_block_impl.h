@@ -35,8 +35,6 @@ inline std::vector<Link> links_of(const D2Problem& p) {
   return links;
 }
 
-constexpr int64_t kAlignedChannels = 16;  // pixels of internal buffers start on a cache line
-
 /// What both directions know of a block: its links, and psi of each norm.
 template <class T>
 class D2Block {
@@ -55,7 +53,6 @@ class D2Block {
 
  protected:
   int64_t pixels() const { return p.batch * p.height * p.width; }
-  int64_t hidden_layers() const { return p.layers - p.out_layers; }
   int64_t norm_channels(int64_t norm) const {
     return p.per_layer ? p.first_channel(norm) + p.channels_of(norm) : p.channels_of(norm);
   }
@@ -63,21 +60,14 @@ class D2Block {
   int64_t in_norm(int64_t source) const { return p.per_layer ? p.first_channel(source) : 0; }
   int64_t in_statistics(int64_t norm) const { return p.per_layer ? 0 : p.first_channel(norm); }
 
-  /// x_1 .. x_L side by side, as sums are kept: the end is aligned, for all layers end there.
-  int64_t row() const { return round_up(p.growth * p.layers, kAlignedChannels); }
-  int64_t in_row(int64_t layer) const {
-    return row() - p.growth * (p.layers - layer + 1);
-  }
-
   template <class E>
   Slab<E> slab(E* data, int64_t pitch) const {
     return {data, p.height * p.width * pitch, p.width * pitch, pitch};
   }
   Slab<T> layer(int64_t l) const {
-    if (l <= hidden_layers())
-      return slab(static_cast<T*>(kept_.features) + kept_.pitch - (hidden_layers() - l + 1) * p.growth,
-                  kept_.pitch);
-    return slab(static_cast<T*>(kept_.out) + (l - hidden_layers() - 1) * p.growth,
+    if (l <= p.hidden_layers())
+      return slab(static_cast<T*>(kept_.features) + p.in_row(l), kept_.pitch);
+    return slab(static_cast<T*>(kept_.out) + (l - p.hidden_layers() - 1) * p.growth,
                 p.out_layers * p.growth);
   }
   Slab<const T> source(int64_t i) const {
@@ -179,8 +169,8 @@ class D2Forward : D2Block<T> {
 
   /// `mean` and `variance` hold those of x_0, where a norm wants them; the others are added.
   void run() {
-    const int64_t row = this->row();
-    Buffer<A> sums(Base::kWide ? 0 : this->pixels() * row);
+    static thread_local Scratch sums_memory, packed_memory;
+    const Borrowed<A> sums(sums_memory, Base::kWide ? 0 : this->pixels() * p.row());
     std::vector<Pass> passes;
     std::vector<std::vector<Moments>> moments(this->links_.size());
     std::vector<std::vector<double>> counts(this->links_.size());
@@ -192,8 +182,8 @@ class D2Forward : D2Block<T> {
       pass.input = {this->source(link.source), true, this->psi_of(link)};
       pass.weight = this->weight_of(link);
       pass.to = destination(sums.get());
-      pass.to.begin = this->in_row(link.first_layer);
-      pass.to.end = this->in_row(link.last_layer + 1);
+      pass.to.begin = p.in_row(link.first_layer);
+      pass.to.end = p.in_row(link.last_layer + 1);
       if (const void* bias = p.convs[link.source].bias)
         pass.bias = static_cast<const A*>(bias) +
                     (link.first_layer - 1 - link.source) * p.growth;
@@ -205,7 +195,7 @@ class D2Forward : D2Block<T> {
       }
     }
     const std::vector<int64_t> offsets = Base::offsets_of(passes);
-    Buffer<A> packed(offsets.back());
+    const Borrowed<A> packed(packed_memory, offsets.back());
 
     Crew::run([&](Crew::Worker& worker) {
       Base::pack_all(worker, passes, offsets, packed.get());
@@ -238,20 +228,19 @@ class D2Forward : D2Block<T> {
   Destination<A> destination(A* sums) const {
     Destination<A> to;
     if constexpr (Base::kWide) {
-      to.cut = this->in_row(this->hidden_layers() + 1);
-      to.low = this->slab(static_cast<A*>(this->kept_.features) + this->kept_.pitch - to.cut,
-                          this->kept_.pitch);
+      to.cut = p.in_row(p.hidden_layers() + 1);
+      to.low = this->slab(static_cast<A*>(this->kept_.features), this->kept_.pitch);
       to.high = this->slab(static_cast<A*>(this->kept_.out), p.out_layers * p.growth);
     } else {
       to.cut = std::numeric_limits<int64_t>::max();
-      to.low = this->slab(sums, this->row());
+      to.low = this->slab(sums, p.row());
     }
     return to;
   }
 
   /// The finished sums of a layer to the type that features are kept in.
   void round_layer(Crew::Worker& worker, int64_t layer, const A* sums) {
-    const Slab<const A> from = this->slab(sums + this->in_row(layer), this->row());
+    const Slab<const A> from = this->slab(sums + p.in_row(layer), p.row());
     const Slab<T> to = this->layer(layer);
     worker.each(p.batch * p.height, [&](int64_t i, int64_t) {
       const int64_t n = i / p.height, y = i % p.height;
@@ -299,8 +288,10 @@ class D2Backward : D2Block<T> {
 
   void run() {
     const int64_t pitch_y = round_up(std::max(p.in_channels, p.growth), kAlignedChannels);
-    Buffer<A> rows(this->pixels() * this->row()), gradient_y(this->pixels() * pitch_y);
-    rows_ = this->slab(rows.get(), this->row());
+    static thread_local Scratch rows_memory, y_memory, packed_memory, workspace_memory;
+    const Borrowed<A> rows(rows_memory, this->pixels() * p.row());
+    const Borrowed<A> gradient_y(y_memory, this->pixels() * pitch_y);
+    rows_ = this->slab(rows.get(), p.row());
     gradient_y_ = this->slab(gradient_y.get(), pitch_y);
 
     std::vector<Pass> passes;  // in the order of the links; empty where not wanted
@@ -317,7 +308,8 @@ class D2Backward : D2Block<T> {
         workspace_size = std::max(workspace_size, weight_gradients[i].workspace_size());
     }
     const std::vector<int64_t> offsets = Base::offsets_of(passes);
-    Buffer<A> packed(offsets.back()), workspace(workspace_size);
+    const Borrowed<A> packed(packed_memory, offsets.back());
+    const Borrowed<A> workspace(workspace_memory, workspace_size);
     const int64_t map_rows = p.batch * p.height;
     std::vector<double> row_sums(static_cast<size_t>(map_rows * p.growth));
     std::vector<Coefficients> coefficients(
@@ -367,7 +359,7 @@ class D2Backward : D2Block<T> {
   /// outside the block.
   bool opens_source(size_t link) const {
     const int64_t source = this->links_[link].source;
-    if (source > this->hidden_layers()) return false;
+    if (source > p.hidden_layers()) return false;
     for (size_t i = link + 1; i < this->links_.size(); ++i)
       if (this->links_[i].source == source) return false;
     return true;
@@ -375,7 +367,7 @@ class D2Backward : D2Block<T> {
 
   Slab<A> gradient_of(int64_t layer) const {
     Slab<A> s = rows_;
-    s.data += this->in_row(layer);
+    s.data += p.in_row(layer);
     return s;
   }
   static Slab<const A> read(const Slab<A>& s) {
@@ -416,15 +408,15 @@ class D2Backward : D2Block<T> {
   void copy_gradient(int64_t i, double* row_sums) const {
     const int64_t n = i / p.height, y = i % p.height;
     const int64_t channels = p.out_layers * p.growth;
-    A* to = gradient_of(this->hidden_layers() + 1).at(n, y, 0);
+    A* to = gradient_of(p.hidden_layers() + 1).at(n, y, 0);
     to_adjacent_channels(static_cast<const T*>(g_.out.data) + n * g_.out.stride_n +
                              y * g_.out.stride_h,
-                         g_.out.stride_w, g_.out.stride_c, p.width, channels, to, this->row());
+                         g_.out.stride_w, g_.out.stride_c, p.width, channels, to, p.row());
     const A* last = gradient_of(p.layers).at(n, y, 0);
     for (int64_t c = 0; c < p.growth; c += kLanes<A>) {
       Vec<A> sum{};
       for (int64_t x = 0; x < p.width; ++x)
-        sum += load_first<A>(last + x * this->row() + c, p.growth - c);
+        sum += load_first<A>(last + x * p.row() + c, p.growth - c);
       add_lanes(sum, c, row_sums + i * p.growth);
     }
   }
@@ -509,7 +501,7 @@ class D2Backward : D2Block<T> {
       }
     };
     if (link.source)
-      row(gradient_of(link.source).at(n, y, 0), this->row());
+      row(gradient_of(link.source).at(n, y, 0), p.row());
     else
       row(static_cast<T*>(g_.x) + i * p.width * channels, channels);
   }

@@ -105,16 +105,25 @@ class Crew {
   std::deque<WorkQueue> queues_;
 };
 
-/// Asks for large pages where the system has them: fewer faults, fewer misses.
+constexpr size_t kLargePage = size_t{2} << 20;
+
+/// Asks for large pages, where the system has them, for fresh memory about to be filled: to fault it
+/// in by pages of 4 KiB can take longer than to compute what it holds.
+inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (address + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t last = (address + bytes) / kLargePage * kLargePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 inline void* allocate_aligned(size_t bytes) {
-  constexpr size_t page = 4096, large = size_t{2} << 20;
-  const size_t unit = bytes >= large ? large : page;
+  const size_t unit = bytes >= kLargePage ? kLargePage : 4096;
   bytes = (bytes + unit - 1) / unit * unit;
   void* memory = std::aligned_alloc(unit, bytes);
   if (!memory) throw std::bad_alloc();
-#if defined(__linux__)
-  if (unit == large) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
+  advise_large_pages(memory, bytes);
   return memory;
 }
 
@@ -122,36 +131,49 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-/// Memory of one call, uninitialised; null where nothing is asked for.
-template <class A>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : memory_(count ? allocate_aligned(static_cast<size_t>(count) * sizeof(A)) : nullptr) {}
-  A* get() const { return static_cast<A*>(memory_.get()); }
-
- private:
-  std::unique_ptr<void, Free> memory_;
-};
-
-/// A grow-only buffer; one thread_local instance per use.
+/// Memory that outlives a call, because fresh pages cost more than the call's own use of them. One
+/// thread_local instance per use; it grows, but what is too large to keep goes with shrink().
 class Scratch {
  public:
+  static constexpr size_t kMostKept = size_t{256} << 20;
+
   template <class A>
   A* get(int64_t count) {
     const size_t bytes = static_cast<size_t>(count) * sizeof(A);
     if (bytes > capacity_) {
-      memory_.reset();
-      capacity_ = 0;
+      release();
       memory_.reset(allocate_aligned(bytes));
       capacity_ = bytes;
     }
     return static_cast<A*>(memory_.get());
   }
+  void shrink() {
+    if (capacity_ > kMostKept) release();
+  }
 
  private:
+  void release() {
+    memory_.reset();
+    capacity_ = 0;
+  }
+
   std::unique_ptr<void, Free> memory_;
   size_t capacity_ = 0;
+};
+
+/// Scratch memory for the length of a call.
+template <class A>
+class Borrowed {
+ public:
+  Borrowed(Scratch& scratch, int64_t count) : scratch_(scratch), data_(scratch.get<A>(count)) {}
+  ~Borrowed() { scratch_.shrink(); }
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  A* get() const { return data_; }
+
+ private:
+  Scratch& scratch_;
+  A* data_;
 };
 
 }  // namespace d3net::cpu

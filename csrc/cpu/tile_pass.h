@@ -250,109 +250,191 @@ class TilePass {
     return count;
   }
 
-  /// The inverse transform of one vector of output channels, and all that happens to an output.
+  /// One vector of output channels of all tiles: the inverse transform, and what happens to outputs.
   template <int m>
   void write_vector(const Tiles& tiles, int64_t vector, const A* products, int64_t position,
                     Totals& totals) const {
-    Piece<A> pieces[2];
-    const int num_pieces = pieces_of(vector, pieces);
-    const bool whole = num_pieces == 1 && pieces[0].first == 0 && pieces[0].last == kN;
     const int64_t channel = vector * kN - lead();  // of lane 0, may be negative
-    Vec<A> offset{};
-    if (bias)
-      offset = load_lanes(bias + channel, std::max<int64_t>(0, -channel),
-                          std::min<int64_t>(kN, shape.out_channels - channel));
-
-    // Statistics: distances from the first output keep float sums accurate; double beyond a task.
-    const bool measured = channel < measure.channels && channel + kN > 0;
-    Vec<A> pivot{}, sum{}, squares{};
-    int64_t outputs = 0;
-
-    const bool masked = behind.x.data != nullptr;
-    const int64_t behind_lanes = masked ? std::min<int64_t>(kN, shape.out_channels - channel) : 0;
-    Vec<A> scale = broadcast(A{1}), shift{}, mean{};
-    if (masked && behind.psi.scale) {
-      scale = load_first<A>(behind.psi.scale + channel, behind_lanes);
-      shift = load_first<A>(behind.psi.shift + channel, behind_lanes);
+    Sums sums;
+    if (behind.x.data) {
+      // Whole vectors: what lies beyond the channels is padding.
+      Masked writer(*this, channel, sums);
+      write_tiles<m>(tiles, products, position, writer);
+      for (int64_t l = 0; l < std::min<int64_t>(kN, shape.out_channels - channel); ++l) {
+        double* to = &totals.behind[static_cast<size_t>(2 * (channel + l))];
+        to[0] = static_cast<double>(sums.sum[l]);
+        to[1] = static_cast<double>(sums.squares[l]);
+      }
+      return;
     }
-    if (masked && behind.mean) mean = load_first<A>(behind.mean + channel, behind_lanes);
+    Piece<A> pieces[2];
+    const int count = pieces_of(vector, pieces);
+    sums.wanted = channel < measure.channels && channel + kN > 0;
+    if (count == 1 && pieces[0].first == 0 && pieces[0].last == kN) {
+      Whole writer(*this, channel, pieces[0], sums);
+      write_tiles<m>(tiles, products, position, writer);
+    } else {
+      InPieces writer(*this, channel, pieces, count, sums);
+      write_tiles<m>(tiles, products, position, writer);
+    }
+    if (!sums.wanted) return;
+    totals.outputs = sums.count;
+    const double n = static_cast<double>(sums.count);
+    for (int64_t l = std::max<int64_t>(0, -channel);
+         l < std::min<int64_t>(kN, measure.channels - channel); ++l) {
+      const double s = static_cast<double>(sums.sum[l]);
+      const double around_mean = static_cast<double>(sums.squares[l]) - s * s / n;
+      totals.moments[static_cast<size_t>(channel + l)] = {
+          static_cast<double>(sums.pivot[l]) + s / n, around_mean < 0 ? 0 : around_mean};
+    }
+  }
 
-    auto write = [&](const Origin& tile, int64_t y, int64_t x, Vec<A> v)
-                     __attribute__((always_inline)) {
+  /// Over the outputs of a task. Distances from the first output keep float sums accurate.
+  struct Sums {
+    bool wanted = false;
+    int64_t count = 0;
+    Vec<A> pivot{}, sum{}, squares{};
+
+    D3NET_INLINE void add(Vec<A> v) {
+      if (count++ == 0) pivot = v;
+      const Vec<A> distance = v - pivot;
+      sum += distance;
+      squares = fma(distance, distance, squares);
+    }
+  };
+
+  /// Walks over pixels of a tile in one tensor.
+  template <class E>
+  struct Walk {
+    Slab<E> slab;
+    int64_t step_y, step_x;
+    E* first = nullptr;
+
+    Walk(const Slab<E>& s, const PassShape& shape)
+        : slab(s), step_y(shape.dilation_h * s.stride_h), step_x(shape.dilation_w * s.stride_w) {}
+    D3NET_INLINE void begin(const Origin& tile) { first = slab.at(tile.image, tile.y, tile.x); }
+    D3NET_INLINE E* at(int64_t i, int64_t j) const { return first + i * step_y + j * step_x; }
+  };
+
+  Vec<A> bias_of(int64_t channel) const {
+    if (!bias) return Vec<A>{};
+    return load_lanes(bias + channel, std::max<int64_t>(0, -channel),
+                      std::min<int64_t>(kN, shape.out_channels - channel));
+  }
+
+  struct Whole {
+    Walk<A> to;
+    Vec<A> offset;
+    bool accumulate;
+    Sums& sums;
+
+    Whole(const TilePass& pass, int64_t channel, const Piece<A>& piece, Sums& s)
+        : to(piece.slab, pass.shape),
+          offset(pass.bias_of(channel)),
+          accumulate(pass.accumulate),
+          sums(s) {}
+    D3NET_INLINE void begin(const Origin& tile) { to.begin(tile); }
+    D3NET_INLINE void put(int64_t i, int64_t j, Vec<A> v) {
+      A* p = to.at(i, j);
       v += offset;
-      if (whole) {
-        A* p = pieces[0].slab.at(tile.image, y, x);
-        if (accumulate) v += load(p);
-        if (masked) {
-          const X* px = behind.x.at(tile.image, y, x) + channel;
-          const Vec<A> value =
-              behind_lanes == kN ? load<A>(px) : load_first<A>(px, behind_lanes);
-          if (behind.psi.relu) v = fma(value, scale, shift) <= 0 ? Vec<A>{} : v;
-          sum += v;
-          squares = fma(v, value - mean, squares);
-        }
-        store(p, v);
-      } else {
-        Vec<A> old{};
-        if (accumulate)
-          for (int i = 0; i < num_pieces; ++i)
-            old += load_lanes(pieces[i].slab.at(tile.image, y, x), pieces[i].first,
-                              pieces[i].last);
-        v += old;
-        for (int i = 0; i < num_pieces; ++i)
-          store_lanes(pieces[i].slab.at(tile.image, y, x), v, pieces[i].first, pieces[i].last);
-      }
-      if (measured) {
-        if (outputs++ == 0) pivot = v;
-        const Vec<A> distance = v - pivot;
-        sum += distance;
-        squares = fma(distance, distance, squares);
-      }
-    };
+      if (accumulate) v += load(p);
+      if (sums.wanted) sums.add(v);
+      store(p, v);
+    }
+  };
 
-    for (int64_t t = 0; t < tiles.count; ++t) {
+  struct InPieces {
+    Walk<A> to[2];
+    int64_t first[2], last[2];
+    Vec<A> offset;
+    bool accumulate;
+    Sums& sums;
+
+    InPieces(const TilePass& pass, int64_t channel, const Piece<A> (&pieces)[2], int count, Sums& s)
+        : to{{pieces[0].slab, pass.shape}, {pieces[count - 1].slab, pass.shape}},
+          first{pieces[0].first, pieces[count - 1].first},
+          last{pieces[0].last, count == 1 ? pieces[0].first : pieces[1].last},
+          offset(pass.bias_of(channel)),
+          accumulate(pass.accumulate),
+          sums(s) {}
+    D3NET_INLINE void begin(const Origin& tile) {
+      to[0].begin(tile);
+      to[1].begin(tile);
+    }
+    D3NET_INLINE void put(int64_t i, int64_t j, Vec<A> v) {
+      A *p = to[0].at(i, j), *q = to[1].at(i, j);
+      v += offset;
+      if (accumulate) {
+        v += load_lanes(p, first[0], last[0]);
+        if (first[1] < last[1]) v += load_lanes(q, first[1], last[1]);
+      }
+      if (sums.wanted) sums.add(v);
+      store_lanes(p, v, first[0], last[0]);
+      if (first[1] < last[1]) store_lanes(q, v, first[1], last[1]);
+    }
+  };
+
+  struct Masked {
+    Walk<A> to;
+    Walk<const X> x;
+    int64_t lanes;
+    Vec<A> scale, shift, mean;
+    Sums& sums;
+
+    Masked(const TilePass& pass, int64_t channel, Sums& s)
+        : to(pass.to.low, pass.shape),
+          x(pass.behind.x, pass.shape),
+          lanes(std::min<int64_t>(kN, pass.shape.out_channels - channel)),
+          scale(load_first<A>(pass.behind.psi.scale + channel, lanes)),
+          shift(load_first<A>(pass.behind.psi.shift + channel, lanes)),
+          mean(load_first<A>(pass.behind.mean + channel, lanes)),
+          sums(s) {
+      to.slab.data += channel;
+      x.slab.data += channel;
+    }
+    D3NET_INLINE void begin(const Origin& tile) {
+      to.begin(tile);
+      x.begin(tile);
+    }
+    D3NET_INLINE void put(int64_t i, int64_t j, Vec<A> v) {
+      const X* p = x.at(i, j);
+      const Vec<A> value = lanes == kN ? load<A>(p) : load_first<A>(p, lanes);
+      v = fma(value, scale, shift) <= 0 ? Vec<A>{} : v;
+      sums.sum += v;
+      sums.squares = fma(v, value - mean, sums.squares);
+      store(to.at(i, j), v);
+    }
+  };
+
+  template <int m, class Writer>
+  void write_tiles(const Tiles& tiles, const A* products, int64_t position, Writer& writer) const {
+    for (int64_t t = 0; t < tiles.count; ++t, products += kN) {
       const Origin& tile = tiles.at[t];
+      writer.begin(tile);
       if constexpr (m == 1) {
-        write(tile, tile.y, tile.x, load(products + t * kN));
+        writer.put(0, 0, load(products));
       } else {
         constexpr int side = Winograd<m>::positions;
         Vec<A> columns[m][side];
         unroll<side>([&](auto j) __attribute__((always_inline)) {
           Vec<A> column[side], result[m];
           unroll<side>([&](auto i) __attribute__((always_inline)) {
-            column[i] = load(products + (i * side + j) * position + t * kN);
+            column[i] = load(products + (i * side + j) * position);
           });
           Winograd<m>::output(column, result);
           unroll<m>([&](auto i) __attribute__((always_inline)) { columns[i][j] = result[i]; });
         });
-        for (int i = 0; i < m; ++i) {
-          const int64_t y = tile.y + i * shape.dilation_h;
-          if (y >= shape.height) break;
+        const int64_t rows = ceil_div(shape.height - tile.y, shape.dilation_h);
+        const int64_t cols = ceil_div(shape.width - tile.x, shape.dilation_w);
+        for (int64_t i = 0; i < std::min<int64_t>(m, rows); ++i) {
           Vec<A> result[m];
           Winograd<m>::output(columns[i], result);
-          unroll<m>([&](auto j) __attribute__((always_inline)) {
-            const int64_t x = tile.x + j * shape.dilation_w;
-            if (x < shape.width) write(tile, y, x, result[j]);
-          });
+          if (cols >= m)
+            unroll<m>([&](auto j) __attribute__((always_inline)) { writer.put(i, j, result[j]); });
+          else
+            for (int64_t j = 0; j < cols; ++j) writer.put(i, j, result[j]);
         }
       }
-    }
-
-    if (measured) {
-      totals.outputs = outputs;
-      const double n = static_cast<double>(outputs);
-      for (int64_t l = std::max<int64_t>(0, -channel);
-           l < std::min<int64_t>(kN, measure.channels - channel); ++l) {
-        const double s = static_cast<double>(sum[l]);
-        const double around_mean = static_cast<double>(squares[l]) - s * s / n;
-        totals.moments[static_cast<size_t>(channel + l)] = {
-            static_cast<double>(pivot[l]) + s / n,
-            around_mean < 0 ? 0 : around_mean};  // NaN stays
-      }
-    }
-    for (int64_t l = 0; l < behind_lanes; ++l) {
-      totals.behind[static_cast<size_t>(2 * (channel + l))] = static_cast<double>(sum[l]);
-      totals.behind[static_cast<size_t>(2 * (channel + l) + 1)] = static_cast<double>(squares[l]);
     }
   }
 
