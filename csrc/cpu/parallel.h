@@ -119,7 +119,7 @@ inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] s
 }
 
 inline void* allocate_aligned(size_t bytes) {
-  const size_t unit = bytes >= kLargePage ? kLargePage : 4096;
+  const size_t unit = bytes >= (size_t{64} << 10) ? kLargePage : 4096;
   bytes = (bytes + unit - 1) / unit * unit;
   void* memory = std::aligned_alloc(unit, bytes);
   if (!memory) throw std::bad_alloc();

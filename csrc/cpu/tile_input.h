@@ -36,7 +36,9 @@ struct Tiles {
   }
 };
 
-inline void prefetch(const void* p, int64_t bytes) {
+/// Inline for certain, as all its callers up to those with side effects must be: GCC takes functions
+/// that only prefetch for pure and drops calls to them.
+D3NET_INLINE void prefetch(const void* p, int64_t bytes) {
   const char* line = static_cast<const char*>(p);
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b, 0, 2);
   __builtin_prefetch(line + bytes - 1, 0, 2);
@@ -67,12 +69,26 @@ struct TileInput {
         const Vec<A> value = n == kN ? load<A>(p) : load_first<A>(p, n);
         return activated ? at_least<A>(floor, fma(value, scale, shift)) : value;
       };
-      for (int64_t t = 0; t < tiles.count; ++t)
+      for (int64_t t = 0; t < tiles.count; ++t) {
+        if (m > 1 && t + kTilesAhead < tiles.count)
+          prefetch_tile<m>(s, tiles.at[t + kTilesAhead], channel);
         transform_tile<m>(s, tiles.at[t], channel, live, num_live, element, v + t * kN, v_position);
+      }
     }
   }
 
  private:
+  static constexpr int64_t kTilesAhead = 2;
+
+  /// To L1, what a tile does not share with its neighbours.
+  template <int m>
+  D3NET_INLINE void prefetch_tile(const PassShape& s, const Origin& tile, int64_t channel) const {
+    const In* first = x.at(tile.image, tile.y, tile.x) + channel;
+    for (int64_t i = 0; i < m && tile.y + i * s.dilation_h < s.height; ++i)
+      for (int64_t j = 0; j < m && tile.x + j * s.dilation_w < s.width; ++j)
+        __builtin_prefetch(first + i * s.dilation_h * x.stride_h + j * s.dilation_w * x.stride_w);
+  }
+
   template <int m, class F>
   D3NET_INLINE void transform_tile(const PassShape& s, const Origin& tile, int64_t channel,
                                    const int* live, int64_t num_live, F& element, A* v,

@@ -75,15 +75,26 @@ class TilePass {
 
   int64_t tasks() const { return ceil_div(shape.grid(plan.algorithm).count(), plan.tiles); }
 
-  int64_t packed_size() const { return shape.positions(plan.algorithm) * u_position(vectors()); }
+  int64_t packed_size() const {
+    int64_t size = 0;
+    for (int64_t v = 0, chunk; v < vectors(); v += chunk) {
+      chunk = next_chunk(vectors() - v);
+      size += shape.positions(plan.algorithm) * u_position(chunk);
+    }
+    return size;
+  }
   int64_t pack_items() const { return ceil_div(shape.in_channels, kPackedAtOnce); }
 
   /// Transforms the weights of some input channels.
   void pack(int64_t item, A* packed) const {
     switch (plan.algorithm) {
       case Algorithm::direct: return pack_channels<1>(item, packed);
-      case Algorithm::winograd2: return pack_channels<2>(item, packed);
-      case Algorithm::winograd4: return pack_channels<4>(item, packed);
+      case Algorithm::winograd2:
+        if constexpr (kTransforms) pack_channels<2>(item, packed);
+        return;
+      case Algorithm::winograd4:
+        if constexpr (kTransforms) pack_channels<4>(item, packed);
+        return;
     }
   }
 
@@ -107,7 +118,8 @@ class TilePass {
   int64_t lead() const { return to.begin % kN; }
   int64_t first_vector() const { return to.begin / kN; }
   int64_t vectors() const { return ceil_div(to.end, kN) - first_vector(); }
-  int64_t u_position(int64_t vectors) const { return shape.in_channels * vectors * kN; }
+  /// One vector more than needed, so that positions do not fall on one cache set.
+  int64_t u_position(int64_t chunk) const { return shape.in_channels * chunk * kN + kN; }
   // ---- weights ---------------------------------------------------------------------------------
 
   /// U lies chunk by chunk, [position][channel][chunk * lanes] each.
@@ -129,39 +141,35 @@ class TilePass {
   /// One input channel's weights to the output channels out, out + 1, ...; zeros beyond the ends.
   template <int m>
   void pack_vector(int64_t channel, int64_t out, int64_t position, A* u) const {
-    const X* w = static_cast<const X*>(weight.data) + channel * weight.stride_c;
     const int64_t first = std::max<int64_t>(0, -out);
     const int64_t last = std::min<int64_t>(kN, shape.out_channels - out);
-    auto tap = [&](int64_t i, int64_t j, A* values) {
-      for (int64_t l = 0; l < kN; ++l) values[l] = 0;
-      for (int64_t l = first; l < last; ++l)
-        values[l] = load_one<A>(w + (out + l) * weight.stride_k + i * weight.stride_h +
-                                j * weight.stride_w);
-    };
-    if constexpr (m == 1) {
+    const int64_t taps = shape.kernel_h * shape.kernel_w;
+    A by_tap[kMostTaps][kN];
+    if (last - first < kN) std::fill(by_tap[0], by_tap[taps], A{0});
+    for (int64_t l = first; l < last; ++l) {
+      const X* w = static_cast<const X*>(weight.data) + channel * weight.stride_c +
+                   (out + l) * weight.stride_k;
+      int64_t tap = 0;
       for (int64_t i = 0; i < shape.kernel_h; ++i)
-        for (int64_t j = 0; j < shape.kernel_w; ++j, u += position) tap(i, j, u);
+        for (int64_t j = 0; j < shape.kernel_w; ++j)
+          by_tap[tap++][l] = load_one<A>(w + i * weight.stride_h + j * weight.stride_w);
+    }
+    if constexpr (m == 1) {
+      for (int64_t tap = 0; tap < taps; ++tap) store(u + tap * position, load(by_tap[tap]));
     } else {
       constexpr int side = Winograd<m>::positions;
-
-      WideDoubles taps[3][3], transformed[side][side];
-      for (int i = 0; i < 3; ++i)
-        for (int j = 0; j < 3; ++j) {
-          A values[kN];
-          tap(i, j, values);
-          for (int l = 0; l < kN; ++l) taps[i][j][l] = static_cast<double>(values[l]);
-        }
       WideDoubles rows[3][side];
-      for (int i = 0; i < 3; ++i) Winograd<m>::weight(taps[i], rows[i]);
+      for (int i = 0; i < 3; ++i) {
+        const WideDoubles row[3] = {widen(load(by_tap[3 * i])), widen(load(by_tap[3 * i + 1])),
+                                    widen(load(by_tap[3 * i + 2]))};
+        Winograd<m>::weight(row, rows[i]);
+      }
       for (int j = 0; j < side; ++j) {
         const WideDoubles column[3] = {rows[0][j], rows[1][j], rows[2][j]};
         WideDoubles result[side];
         Winograd<m>::weight(column, result);
-        for (int i = 0; i < side; ++i) transformed[i][j] = result[i];
+        for (int i = 0; i < side; ++i) store(u + (i * side + j) * position, narrow(result[i]));
       }
-      for (int i = 0; i < side; ++i)
-        for (int j = 0; j < side; ++j, u += position)
-          for (int l = 0; l < kN; ++l) u[l] = static_cast<A>(transformed[i][j][l]);
     }
   }
 
@@ -175,12 +183,10 @@ class TilePass {
     const Tiles tiles(grid, task * plan.tiles, plan.tiles);
     const Tiles ahead = next < 0 ? Tiles() : Tiles(grid, next * plan.tiles, plan.tiles);
 
-    // The extra vector keeps positions from falling on one cache set.
-    const int64_t groups = ceil_div(shape.in_channels, kN);
-    const int64_t v_position = groups * plan.tiles * kN + kN;
+    const int64_t v_position = ceil_div(shape.in_channels, kN) * plan.tiles * kN + kN;
     A* v = v_memory.get<A>(positions * v_position);
     int live[kMostTaps];
-    const int64_t num_live = m == 1 ? shape.live_taps_of(tiles.at, tiles.count, live) : 0;
+    const int64_t num_live = m == 1 ? shape.live_taps_of(task * plan.tiles, tiles.count, live) : 0;
     input.template transform<m>(shape, tiles, live, num_live, v, plan.tiles, v_position);
 
     Totals totals{std::vector<Moments>(static_cast<size_t>(measure.channels)),
@@ -424,15 +430,15 @@ class TilePass {
           Winograd<m>::output(column, result);
           unroll<m>([&](auto i) __attribute__((always_inline)) { columns[i][j] = result[i]; });
         });
-        const int64_t rows = ceil_div(shape.height - tile.y, shape.dilation_h);
-        const int64_t cols = ceil_div(shape.width - tile.x, shape.dilation_w);
-        for (int64_t i = 0; i < std::min<int64_t>(m, rows); ++i) {
+        const bool inside = tile.x + (m - 1) * shape.dilation_w < shape.width;
+        for (int64_t i = 0; i < m && tile.y + i * shape.dilation_h < shape.height; ++i) {
           Vec<A> result[m];
           Winograd<m>::output(columns[i], result);
-          if (cols >= m)
+          if (inside)
             unroll<m>([&](auto j) __attribute__((always_inline)) { writer.put(i, j, result[j]); });
           else
-            for (int64_t j = 0; j < cols; ++j) writer.put(i, j, result[j]);
+            for (int64_t j = 0; tile.x + j * shape.dilation_w < shape.width; ++j)
+              writer.put(i, j, result[j]);
         }
       }
     }
@@ -441,8 +447,7 @@ class TilePass {
   // ---- what is needed next comes to L2 while the products are made ------------------------------
 
   template <int m>
-  void prefetch_outputs(const Tiles& tiles, int p, int64_t first, int64_t chunk) const {
-    if (!accumulate && !behind.x.data) return;
+  D3NET_INLINE void prefetch_outputs(const Tiles& tiles, int p, int64_t first, int64_t chunk) const {
     const int i = (p - m) / m, j = (p - m) % m;  // positions m .. m + m * m - 1 each take an output
     if (m > 1 && (p < m || i >= m)) return;
     const int64_t channel = (first_vector() + first) * kN;
@@ -453,8 +458,7 @@ class TilePass {
       const int64_t y = tile.y + (m > 1 ? i * shape.dilation_h : 0);
       const int64_t x = tile.x + (m > 1 ? j * shape.dilation_w : 0);
       if (y >= shape.height || x >= shape.width) continue;
-      if (accumulate)
-        prefetch(slab.at(tile.image, y, x) + offset, chunk * kN * static_cast<int64_t>(sizeof(A)));
+      prefetch(slab.at(tile.image, y, x) + offset, chunk * kN * static_cast<int64_t>(sizeof(A)));
       if (behind.x.data)
         prefetch(behind.x.at(tile.image, y, x) + first * kN,
                  chunk * kN * static_cast<int64_t>(sizeof(X)));
@@ -463,7 +467,7 @@ class TilePass {
 
   /// The inputs that the next task's tiles do not share with their neighbours.
   template <int m>
-  void prefetch_inputs(const Tiles& tiles, int p) const {
+  D3NET_INLINE void prefetch_inputs(const Tiles& tiles, int p) const {
     constexpr int side = m + 2;
     const int i = p / side, j = p % side;
     if (shape.dilation_w == 1 && (j == 0 || j > m)) return;

@@ -31,17 +31,22 @@ struct PassShape {
   int64_t tap_x(int64_t x, int64_t j) const { return x + (j - kernel_w / 2) * dilation_w; }
   bool inside(int64_t y, int64_t x) const { return y >= 0 && y < height && x >= 0 && x < width; }
 
-  /// The taps that reach inside the map from any of these outputs; returns how many.
-  template <class Tile>
-  int64_t live_taps_of(const Tile* tiles, int64_t num_tiles, int* live) const {
-    int64_t count = 0;
-    for (int64_t tap = 0; tap < kernel_h * kernel_w; ++tap)
-      for (int64_t t = 0; t < num_tiles; ++t)
-        if (inside(tap_y(tiles[t].y, tap / kernel_w), tap_x(tiles[t].x, tap % kernel_w))) {
-          live[count++] = static_cast<int>(tap);
-          break;
-        }
-    return count;
+  /// The taps that may reach inside the map from any of `count` pixels that follow each other row
+  /// by row from number `begin` on; returns how many.
+  int64_t live_taps_of(int64_t begin, int64_t count, int* live) const {
+    const int64_t first = begin % (height * width), last = first + count - 1;
+    const bool one_image = last < height * width;
+    const int64_t y = one_image ? first / width : 0;
+    const int64_t rows = one_image ? last / width - y + 1 : height;
+    const bool one_row = rows == 1 && one_image;
+    const LiveTaps vertical = live_taps(y, rows, height, kernel_h, dilation_h);
+    const LiveTaps horizontal = live_taps(one_row ? first % width : 0, one_row ? count : width,
+                                          width, kernel_w, dilation_w);
+    int64_t taps = 0;
+    for (int64_t i = vertical.first; i < vertical.first + vertical.count; ++i)
+      for (int64_t j = horizontal.first; j < horizontal.first + horizontal.count; ++j)
+        live[taps++] = static_cast<int>(i * kernel_w + j);
+    return taps;
   }
 
   int64_t positions(Algorithm algorithm) const {
@@ -67,21 +72,22 @@ inline double mean_live_taps(int64_t size, int64_t kernel, int64_t dilation, int
   return static_cast<double>(taps) / static_cast<double>(runs);
 }
 
-/// Modelled cycles of one core: two FMA a cycle, and what a tile costs to transform, per vector of
-/// channels, in and out (from counting their loads, stores and arithmetic).
+/// Modelled cycles of one core: two FMA a cycle, what a tile costs to transform, in and out, and
+/// what a weight does, each per vector of channels (from counting loads, stores and arithmetic).
 inline double pass_cost(const PassShape& s, Algorithm algorithm, Machine machine) {
   const double tiles = static_cast<double>(s.grid(algorithm).count());
   const double in_vectors = static_cast<double>(ceil_div(s.in_channels, machine.lanes));
   const double out_vectors = static_cast<double>(ceil_div(s.out_channels, machine.lanes));
-  const double channels = static_cast<double>(s.in_channels);
-  if (algorithm == Algorithm::direct) {
-    const double taps = mean_live_taps(s.height, s.kernel_h, s.dilation_h, 1) *
-                        mean_live_taps(s.width, s.kernel_w, s.dilation_w, kMostTiles);
-    return tiles * (taps * channels * out_vectors / 2 + 2.5 * taps * in_vectors + 5 * out_vectors);
+  const double products = static_cast<double>(s.in_channels) * out_vectors;
+  double taps = 36, in = 150, out = 120, weights = 250;
+  if (algorithm == Algorithm::winograd2) {
+    taps = 16, in = 45, out = 35, weights = 150;
+  } else if (algorithm == Algorithm::direct) {
+    taps = mean_live_taps(s.height, s.kernel_h, s.dilation_h, 1) *
+           mean_live_taps(s.width, s.kernel_w, s.dilation_w, kMostTiles);
+    in = 2.5 * taps, out = 5, weights = 80;
   }
-  const bool large = algorithm == Algorithm::winograd4;
-  return tiles * ((large ? 36 : 16) * channels * out_vectors / 2 + (large ? 150 : 45) * in_vectors +
-                  (large ? 120 : 35) * out_vectors);
+  return tiles * (taps * products / 2 + in * in_vectors + out * out_vectors) + weights * products;
 }
 
 /// The cheapest algorithm that the kernel's size and the precision permit. `exact` asks for direct

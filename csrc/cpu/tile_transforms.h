@@ -12,6 +12,9 @@ namespace d3net::cpu::D3NET_ISA {
 /// As many doubles as a vector has floats.
 typedef double WideDoubles __attribute__((vector_size(2 * kVectorBytes)));
 
+D3NET_INLINE WideDoubles widen(Vec<float> v) { return __builtin_convertvector(v, WideDoubles); }
+D3NET_INLINE Vec<float> narrow(WideDoubles v) { return __builtin_convertvector(v, Vec<float>); }
+
 template <int outputs>
 struct Winograd;
 

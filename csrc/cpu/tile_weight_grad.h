@@ -27,7 +27,8 @@ class TileWeightGradient {
 
   /// Elements of memory that run() needs, shared by the threads.
   int64_t workspace_size() const {
-    return v_size() + d_size() + shape.positions(algorithm) * u_position();
+    const Layout l = layout();
+    return l.v_size + l.d_size + shape.positions(algorithm) * l.u_position;
   }
 
   void run(Crew::Worker& worker, A* workspace) const {
@@ -45,74 +46,98 @@ class TileWeightGradient {
  private:
   static constexpr int64_t kPanelBytes = 4 << 20;  // V and D: part of the last-level cache
   static constexpr int64_t kTilesAtOnce = 8;
+  static constexpr int64_t kChannelsAtOnce = 8;  // whose taps lie on the same cache lines
 
-  int64_t in_groups() const { return ceil_div(shape.in_channels, kN); }
-  int64_t out_groups() const { return ceil_div(shape.out_channels, kN); }
-  int64_t d_positions() const {
-    return algorithm == Algorithm::direct ? 1 : shape.positions(algorithm);
-  }
-  int64_t panel() const {
-    const int64_t tile_bytes =
-        (shape.positions(algorithm) * in_groups() + d_positions() * out_groups()) * kN *
-        static_cast<int64_t>(sizeof(A));
+  /// How the workspace is laid out. Positions are one vector further apart than they need, so that
+  /// they do not fall on one cache set.
+  struct Layout {
+    int64_t in_groups, out_groups, panel;
+    int64_t v_position, v_size, d_position, d_size, u_channel, u_position;
+  };
+  Layout layout() const {
+    Layout l;
+    l.in_groups = ceil_div(shape.in_channels, kN);
+    l.out_groups = ceil_div(shape.out_channels, kN);
+    const int64_t positions = shape.positions(algorithm);
+    const int64_t d_positions = algorithm == Algorithm::direct ? 1 : positions;
+    const int64_t tile_bytes = (positions * l.in_groups + d_positions * l.out_groups) * kN *
+                               static_cast<int64_t>(sizeof(A));
     const int64_t most = round_up(shape.grid(algorithm).count(), kTilesAtOnce);
-    return std::min(most, std::clamp<int64_t>(kPanelBytes / tile_bytes, 32, 512) / kTilesAtOnce *
-                              kTilesAtOnce);
+    l.panel = std::min(most, std::clamp<int64_t>(kPanelBytes / tile_bytes, 32, 512) /
+                                 kTilesAtOnce * kTilesAtOnce);
+    l.v_position = l.in_groups * l.panel * kN + kN;
+    l.v_size = positions * l.v_position;
+    l.d_position = l.out_groups * l.panel * kN + kN;
+    l.d_size = d_positions * l.d_position;
+    l.u_channel = l.out_groups * kN;
+    l.u_position = l.in_groups * kN * l.u_channel + kN;
+    return l;
   }
-  // One vector more, so that positions do not fall on one cache set.
-  int64_t v_position() const { return in_groups() * panel() * kN + kN; }
-  int64_t d_position() const { return out_groups() * panel() * kN + kN; }
-  int64_t v_size() const { return shape.positions(algorithm) * v_position(); }
-  int64_t d_size() const { return d_positions() * d_position(); }
-  int64_t u_channel() const { return out_groups() * kN; }
-  int64_t u_position() const { return in_groups() * kN * u_channel() + kN; }
 
   template <int m>
   void run_tiles(Crew::Worker& worker, A* v) const {
+    const Layout l = layout();
     const TileGrid grid = shape.grid(algorithm);
-    const int64_t tiles = grid.count(), panel = this->panel();
-    const int64_t positions = shape.positions(algorithm);
-    A* d = v + v_size();
-    A* u = d + d_size();
+    const int64_t tiles = grid.count(), positions = shape.positions(algorithm);
+    A* d = v + l.v_size;
+    A* u = d + l.d_size;
     worker.each(positions, [&](int64_t p, int64_t) {
-      std::fill(u + p * u_position(), u + (p + 1) * u_position(), A{0});
+      std::fill(u + p * l.u_position, u + (p + 1) * l.u_position, A{0});
     });
-    for (int64_t begin = 0; begin < tiles; begin += panel) {
-      const int64_t count = std::min(panel, tiles - begin);
+    // Enough items to share, each with a run of channels of one position.
+    const int64_t blocks = std::min(l.in_groups, ceil_div(kWantedTasks * 2, positions));
+    for (int64_t begin = 0; begin < tiles; begin += l.panel) {
+      const int64_t count = std::min(l.panel, tiles - begin);
       worker.each(ceil_div(count, kTilesAtOnce), [&](int64_t i, int64_t) {
         const int64_t first = i * kTilesAtOnce;
         const Tiles some(grid, begin + first, std::min(kTilesAtOnce, count - first));
         int every[kMostTaps];
         for (int q = 0; q < kMostTaps; ++q) every[q] = q;
         input.template transform<m>(shape, some, every, m == 1 ? positions : 0, v + first * kN,
-                                    panel, v_position());
-        spread_gradients<m>(some, d + first * kN);
+                                    l.panel, l.v_position);
+        spread_gradients<m>(l, some, d + first * kN);
       });
-      // Enough items to share, each with a run of channels of one position.
-      const int64_t blocks = std::min(in_groups(), ceil_div(kWantedTasks * 2, positions));
-      worker.each(positions * blocks, [&](int64_t i, int64_t) {
-        const int64_t p = i / blocks, block = i % blocks;
-        if (m == 1 && !position_lives(grid, p, begin, count)) return;
-        multiply_position(v + p * v_position(), d + (m == 1 ? 0 : p) * d_position(), count,
-                          block * in_groups() / blocks, (block + 1) * in_groups() / blocks,
-                          u + p * u_position());
+      int live[kMostTaps] = {};
+      const int64_t num_live = m == 1 ? shape.live_taps_of(begin, count, live) : positions;
+      const int64_t items = num_live * blocks;
+      const int64_t ahead = std::min(l.panel, tiles - begin - count);
+      worker.each(items, [&](int64_t i, int64_t) {
+        prefetch_tiles<m>(grid, begin + count + ahead * i / items,
+                          begin + count + ahead * (i + 1) / items);
+        const int64_t p = m == 1 ? live[i / blocks] : i / blocks, block = i % blocks;
+        multiply_position(l, v + p * l.v_position, d + (m == 1 ? 0 : p) * l.d_position, count,
+                          block * l.in_groups / blocks, (block + 1) * l.in_groups / blocks,
+                          u + p * l.u_position);
       });
     }
-    worker.each(shape.in_channels, [&](int64_t c, int64_t) { gather<m>(c, u + c * u_channel()); });
+    worker.each(ceil_div(shape.in_channels, kChannelsAtOnce), [&](int64_t i, int64_t) {
+      const int64_t first = i * kChannelsAtOnce;
+      const int64_t last = std::min(first + kChannelsAtOnce, shape.in_channels);
+      for (int64_t out = 0; out < shape.out_channels; out += kN)
+        for (int64_t c = first; c < last; ++c) gather<m>(l, c, out, u + c * l.u_channel + out);
+    });
   }
 
-  bool position_lives(const TileGrid& grid, int64_t position, int64_t begin, int64_t count) const {
+  /// What the next panel will read comes to the caches while this one is multiplied.
+  template <int m>
+  D3NET_INLINE void prefetch_tiles(const TileGrid& grid, int64_t begin, int64_t end) const {
+    if (begin >= end) return;
     TileCursor cursor(grid, begin);
-    for (int64_t t = 0; t < count; ++t, cursor.advance())
-      if (shape.inside(shape.tap_y(cursor.y, position / shape.kernel_w),
-                       shape.tap_x(cursor.x, position % shape.kernel_w)))
-        return true;
-    return false;
+    for (int64_t t = begin; t < end; ++t, cursor.advance())
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < m; ++j) {
+          const int64_t y = cursor.y + i * grid.dilation_h, x = cursor.x + j * grid.dilation_w;
+          if (y >= shape.height || x >= shape.width) continue;
+          prefetch(input.x.at(cursor.image, y, x),
+                   shape.in_channels * static_cast<int64_t>(sizeof(In)));
+          prefetch(gradient.at(cursor.image, y, x),
+                   shape.out_channels * static_cast<int64_t>(sizeof(A)));
+        }
   }
 
   template <int m>
-  void spread_gradients(const Tiles& tiles, A* d) const {
-    for (int64_t channel = 0; channel < shape.out_channels; channel += kN, d += panel() * kN) {
+  void spread_gradients(const Layout& l, const Tiles& tiles, A* d) const {
+    for (int64_t channel = 0; channel < shape.out_channels; channel += kN, d += l.panel * kN) {
       const int64_t n = std::min<int64_t>(kN, shape.out_channels - channel);
       auto element = [&](const Origin& tile, int64_t i, int64_t j) __attribute__((always_inline)) {
         const int64_t y = tile.y + i * shape.dilation_h, x = tile.x + j * shape.dilation_w;
@@ -138,7 +163,7 @@ class TileWeightGradient {
             unroll<m>([&](auto i) __attribute__((always_inline)) { column[i] = rows[i][j]; });
             Winograd<m>::spread(column, result);
             unroll<side>([&](auto i) __attribute__((always_inline)) {
-              store(to_tile + (i * side + j) * d_position(), result[i]);
+              store(to_tile + (i * side + j) * l.d_position, result[i]);
             });
           });
         }
@@ -147,52 +172,45 @@ class TileWeightGradient {
   }
 
   /// U += V^T D of one position, for some groups of input channels.
-  void multiply_position(const A* v, const A* d, int64_t tiles, int64_t first_group,
-                         int64_t last_group, A* u) const {
+  void multiply_position(const Layout& l, const A* v, const A* d, int64_t tiles,
+                         int64_t first_group, int64_t last_group, A* u) const {
     for (int64_t group = first_group; group < last_group; ++group)
-      for (int64_t k = 0; k < out_groups();) {
-        const int chunk = next_chunk(out_groups() - k);
+      for (int64_t k = 0; k < l.out_groups;) {
+        const int chunk = next_chunk(l.out_groups - k);
         const int64_t rows = channels_at_once(chunk, kN);
         const int64_t last = std::min<int64_t>(kN, shape.in_channels - group * kN);
         for (int64_t r = 0; r < last; r += rows)
-          kOuter<A>[chunk - 1]({v + group * panel() * kN + r, d + k * panel() * kN, panel() * kN,
-                                tiles, u + (group * kN + r) * u_channel() + k * kN, u_channel()});
+          kOuter<A>[chunk - 1]({v + group * l.panel * kN + r, d + k * l.panel * kN, l.panel * kN,
+                                tiles, u + (group * kN + r) * l.u_channel + k * kN, l.u_channel});
         k += chunk;
       }
   }
 
-  /// The taps of one input channel.
+  /// The taps of one input channel and a vector of output channels.
   template <int m>
-  void gather(int64_t channel, const A* u) const {
+  void gather(const Layout& l, int64_t channel, int64_t out, const A* u) const {
     const int64_t taps = shape.kernel_h * shape.kernel_w;
-    for (int64_t out = 0; out < shape.out_channels; out += kN) {
-      const int64_t n = std::min<int64_t>(kN, shape.out_channels - out);
-      auto write = [&](int64_t tap, int64_t l, A value) {
-        store_one(to + ((out + l) * shape.in_channels + channel) * taps + tap, value);
-      };
-      if constexpr (m == 1) {
-        for (int64_t tap = 0; tap < taps; ++tap)
-          for (int64_t l = 0; l < n; ++l) write(tap, l, u[tap * u_position() + out + l]);
-      } else {
-        constexpr int side = Winograd<m>::positions;
-
-        WideDoubles rows[side][3];
-        for (int i = 0; i < side; ++i) {
-          WideDoubles row[side];
-          for (int j = 0; j < side; ++j)
-            for (int l = 0; l < kN; ++l)
-              row[j][l] = static_cast<double>(u[(i * side + j) * u_position() + out + l]);
-          Winograd<m>::gather_weight(row, rows[i]);
-        }
-        for (int j = 0; j < 3; ++j) {
-          WideDoubles column[side], result[3];
-          for (int i = 0; i < side; ++i) column[i] = rows[i][j];
-          Winograd<m>::gather_weight(column, result);
-          for (int i = 0; i < 3; ++i)
-            for (int64_t l = 0; l < n; ++l) write(i * 3 + j, l, static_cast<A>(result[i][l]));
-        }
+    Vec<A> by_tap[kMostTaps];
+    if constexpr (m == 1) {
+      for (int64_t tap = 0; tap < taps; ++tap) by_tap[tap] = load(u + tap * l.u_position);
+    } else {
+      constexpr int side = Winograd<m>::positions;
+      WideDoubles rows[side][3];
+      for (int i = 0; i < side; ++i) {
+        WideDoubles row[side];
+        for (int j = 0; j < side; ++j) row[j] = widen(load(u + (i * side + j) * l.u_position));
+        Winograd<m>::gather_weight(row, rows[i]);
+      }
+      for (int j = 0; j < 3; ++j) {
+        WideDoubles column[side], result[3];
+        for (int i = 0; i < side; ++i) column[i] = rows[i][j];
+        Winograd<m>::gather_weight(column, result);
+        for (int i = 0; i < 3; ++i) by_tap[i * 3 + j] = narrow(result[i]);
       }
     }
+    for (int64_t k = 0; k < std::min<int64_t>(kN, shape.out_channels - out); ++k)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        store_one<A>(to + ((out + k) * shape.in_channels + channel) * taps + tap, by_tap[tap][k]);
   }
 };
 
