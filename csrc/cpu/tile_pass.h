@@ -160,8 +160,8 @@ class TilePass {
       constexpr int side = Winograd<m>::positions;
       WideDoubles rows[3][side];
       for (int i = 0; i < 3; ++i) {
-        const WideDoubles row[3] = {widen(load(by_tap[3 * i])), widen(load(by_tap[3 * i + 1])),
-                                    widen(load(by_tap[3 * i + 2]))};
+        WideDoubles row[3];
+        for (int j = 0; j < 3; ++j) widen(load(by_tap[3 * i + j]), row[j]);
         Winograd<m>::weight(row, rows[i]);
       }
       for (int j = 0; j < side; ++j) {

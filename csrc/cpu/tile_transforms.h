@@ -12,8 +12,13 @@ namespace d3net::cpu::D3NET_ISA {
 /// As many doubles as a vector has floats.
 typedef double WideDoubles __attribute__((vector_size(2 * kVectorBytes)));
 
-D3NET_INLINE WideDoubles widen(Vec<float> v) { return __builtin_convertvector(v, WideDoubles); }
-D3NET_INLINE Vec<float> narrow(WideDoubles v) { return __builtin_convertvector(v, Vec<float>); }
+// By reference: no ABI has a say in how such vectors are passed.
+D3NET_INLINE void widen(Vec<float> v, WideDoubles& to) {
+  to = __builtin_convertvector(v, WideDoubles);
+}
+D3NET_INLINE Vec<float> narrow(const WideDoubles& v) {
+  return __builtin_convertvector(v, Vec<float>);
+}
 
 template <int outputs>
 struct Winograd;

@@ -198,7 +198,7 @@ class TileWeightGradient {
       WideDoubles rows[side][3];
       for (int i = 0; i < side; ++i) {
         WideDoubles row[side];
-        for (int j = 0; j < side; ++j) row[j] = widen(load(u + (i * side + j) * l.u_position));
+        for (int j = 0; j < side; ++j) widen(load(u + (i * side + j) * l.u_position), row[j]);
         Winograd<m>::gather_weight(row, rows[i]);
       }
       for (int j = 0; j < 3; ++j) {
