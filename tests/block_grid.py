@@ -24,11 +24,13 @@ from typing import Any
 
 import grid
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import d3net_kernels as dk
 from d3net_kernels import ConvParams, D2Params, NormParams, numerics, reference
 
+NORMS = ("per_source", "per_layer")
 PARAMETERS = ("weight", "bias", "gamma", "beta")
 ALL = ("x", *PARAMETERS)
 KINK_MARGIN = 8  # in units of what plain torch's ReLU inputs differ from those in float64
@@ -187,46 +189,63 @@ def results_of(operation: Callable[..., Tensor], block: Block) -> dict[str, Tens
     return results
 
 
-def assert_right(block: Block, results: dict[str, Tensor], factor: float = 1) -> None:
+def ours(block: Block) -> dict[str, Tensor]:
+    """Results of the library."""
+    return results_of(dk.d2_block, block)
+
+
+def assert_right(
+    block: Block,
+    results: dict[str, Tensor],
+    factor: float = 1,
+    autocast: torch.dtype | None = None,
+) -> None:
     """Every result has the shape and dtype it should have and obeys the rule of this module.
 
-    `factor` times plain torch's error and times the floor are allowed.
+    `factor` times plain torch's error and times the floor are allowed; `autocast` is the dtype that
+    the results were made in.
     """
-    ratios = error_ratios(block, results, factor)
+    ratios = error_ratios(block, results, factor, autocast)
     wrong = {name: round(ratio, 3) for name, ratio in ratios.items() if not ratio <= 1}
     assert not wrong, f"error / allowed error is above 1: {wrong}"
 
 
-def error_ratios(block: Block, results: dict[str, Tensor], factor: float = 1) -> dict[str, float]:
-    """The error of each result over what is allowed; up to 1 is right."""
-    size = _norm if block.case.dtype in HALVES else _largest
+def error_ratios(
+    block: Block,
+    results: dict[str, Tensor],
+    factor: float = 1,
+    autocast: torch.dtype | None = None,
+) -> dict[str, float]:
+    """The error of each result over what is allowed; up to 1 is right. See assert_right."""
+    dtype = autocast or block.case.dtype
+    size = _norm if dtype in HALVES else _largest
     truth = results_of(reference.d2_block, block.map(Tensor.double))
     plain: dict[str, list[float]] = {name: [] for name in truth}
     moved: dict[str, list[float]] = {name: [] for name in truth}
-    for near in _perturbed(block):
-        errors = _errors_of_plain_torch(near, size)
-        for name, t in results_of(reference.d2_block, near.map(Tensor.double)).items():
+    for near in _perturbed(block, dtype):
+        near_truth = results_of(reference.d2_block, near.map(Tensor.double))
+        errors = _errors_of_plain_torch(near, autocast, size)
+        for name, t in near_truth.items():
             plain[name].append(errors[name])
             moved[name].append(size(t - truth[name]))
-    if block.case.dtype == torch.float64:
+    if dtype == torch.float64:
         factor *= 2
     assert set(results) == set(truth)
     ratios = {}
     for name, expected in truth.items():
         result = results[name]
-        assert result.shape == expected.shape, f"{name} has shape {tuple(result.shape)}"
+        kept = block.tensors.get(name.removeprefix("grad "))  # None for out
+        assert result.dtype == (dtype if kept is None else kept.dtype), name
+        assert result.shape == expected.shape, name
         stored = size(torch.finfo(result.dtype).eps * expected)  # one rounding of the result
-        allowed = (
-            factor * (_expected_at_most(plain[name]) + _expected_at_most(moved[name])) + stored
-        )
-        error = size(result.double() - expected)
-        ratios[name] = error / max(allowed, torch.finfo(torch.float64).tiny)
+        rounding = _expected_at_most(plain[name]) + _expected_at_most(moved[name])
+        allowed = max(factor * rounding + stored, torch.finfo(torch.float64).tiny)
+        ratios[name] = size(result.double() - expected) / allowed
     return ratios
 
 
-def _perturbed(block: Block) -> Iterator[Block]:
-    """The block with every number off by a few roundings."""
-    dtype = block.case.dtype
+def _perturbed(block: Block, dtype: torch.dtype) -> Iterator[Block]:
+    """The block with every number off by a few roundings of what computes in `dtype`."""
     accumulator = torch.finfo(torch.promote_types(dtype, torch.float32))
     step = max(numerics._ACCUMULATOR_ROUNDINGS * accumulator.eps, torch.finfo(dtype).eps)
     generator = torch.Generator().manual_seed(0)
@@ -239,14 +258,17 @@ def _perturbed(block: Block) -> Iterator[Block]:
         yield block.map(change)
 
 
-def _errors_of_plain_torch(block: Block, size: Callable[[Tensor], float]) -> dict[str, float]:
+def _errors_of_plain_torch(
+    block: Block, autocast: torch.dtype | None, size: Callable[[Tensor], float]
+) -> dict[str, float]:
     """How far plain torch is from float64."""
     scale = 1.0
     if block.case.dtype == torch.float64:
         block = block.map(Tensor.float)
         scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     truth = results_of(reference.d2_block, block.map(Tensor.double))
-    plain = results_of(reference.d2_block, block)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        plain = results_of(reference.d2_block, block)
     return {name: scale * size(t.double() - truth[name]) for name, t in plain.items()}
 
 
@@ -402,11 +424,26 @@ _DTYPES = [
 
 def _both_norms(cases: Sequence[Case]) -> list[Case]:
     return [
-        replace(case, name=f"{norm}-{case.name}", norm=norm)
-        for norm in ("per_source", "per_layer")
-        for case in cases
+        replace(case, name=f"{norm}-{case.name}", norm=norm) for norm in NORMS for case in cases
     ]
 
 
 CASES = _both_norms([*_SHAPES, *_NORMS, *_NEEDS, *_LAYOUTS, *_DTYPES])
 assert len({case.name for case in CASES}) == len(CASES)
+# Wide enough for every algorithm: several tiles, vectors and dilations, and remainders of each.
+LARGE = Case("large", channels=17, growth=18, layers=4, size=(1, 18, 27))
+
+
+def random_module(**options: Any) -> dk.D2Block:
+    """A block whose statistics and affines are all but trivial."""
+    block = dk.D2Block(17, 9, 3, **options)
+    for norm in block.norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return block
+
+
+# An input for it.
+X = torch.linspace(0, 300, 2 * 17 * 9 * 14).sin().view(2, 17, 9, 14)
