@@ -67,9 +67,9 @@ def d2_block(
     sources, normalised = [x], list[Tensor]()
     for layer, batch_norm in enumerate(params.norms, start=1):
         if norm == "per_source":
-            normalised.append(normalise(sources[-1], batch_norm).relu())
+            normalised.append(normalise(sources[-1], batch_norm).relu_())
         else:
-            y = normalise(torch.cat(sources, 1), batch_norm).relu()
+            y = normalise(torch.cat(sources, 1), batch_norm).relu_()
             normalised = list(y.split([source.shape[1] for source in sources], 1))
         out = None
         for i, (y, conv) in enumerate(zip(normalised, params.convs, strict=False)):

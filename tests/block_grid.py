@@ -295,8 +295,8 @@ class _ReluInputs(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if func is Tensor.relu:
-            self.seen.append(args[0].detach())
+        if func is Tensor.relu_:
+            self.seen.append(args[0].detach().clone())
         return func(*args, **(kwargs or {}))
 
 
