@@ -1,6 +1,7 @@
 """Ways to compute a whole D2 block: ours, and every form in which plain torch can write it.
 
-All have the arguments of `d3net_kernels.d2_block` (norm="per_source", as in the official networks).
+All have the arguments of `d3net_kernels.d2_block`. Source-wise there is one batch normalisation of
+a source, as in the official networks, and no norm="per_layer".
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import d3net_kernels as dk
 from benchmarks.forms import LAYOUTS, OURS
 from d3net.registry import find
 from d3net_kernels import ConvParams, D2Block, D2Params, NormParams, reference
+from d3net_kernels.block import Norm
 
 NETWORKS = ("d3net_s", "d3net_l", "d3net_vocals")
 MODES = ("eval", "train")
@@ -74,9 +76,10 @@ def load_blocks() -> list[BlockShape]:
 
 
 def source_wise(
-    x: Tensor, params: D2Params, *, norm: str = "per_source", out_layers: int | None = None
+    x: Tensor, params: D2Params, *, norm: Norm = "per_source", out_layers: int | None = None
 ) -> Tensor:
     """One convolution of a source for all its layers, as the official release evaluates it."""
+    assert norm == "per_source"
     growth = params.convs[-1].weight.shape[0]
     layers: list[Tensor] = []
     waiting: Tensor | None = None  # the sums of the layers that are not complete yet
@@ -89,9 +92,10 @@ def source_wise(
 
 
 def source_wise_in_place(
-    x: Tensor, params: D2Params, *, norm: str = "per_source", out_layers: int | None = None
+    x: Tensor, params: D2Params, *, norm: Norm = "per_source", out_layers: int | None = None
 ) -> Tensor:
     """The same with one buffer of sums, which is also the result; not differentiable."""
+    assert norm == "per_source"
     growth = params.convs[-1].weight.shape[0]
     y = reference.normalise(x, params.norms[0]).relu_()
     sums = reference.same_conv2d(y, params.convs[0].weight, params.convs[0].bias, (1, 1))
@@ -151,11 +155,12 @@ class Call:
 
     shape: BlockShape
     mode: str
+    norm: Norm
     x: Tensor
     params: D2Params
 
     @classmethod
-    def random(cls, shape: BlockShape, mode: str, layout: str) -> Call:
+    def random(cls, shape: BlockShape, mode: str, layout: str, norm: Norm = "per_source") -> Call:
         """Numbers of size 1 whose sums have size 1, the same for every layout."""
         generator = torch.Generator().manual_seed(0)
         trains = mode == "train"
@@ -174,10 +179,12 @@ class Call:
             fan_in = 9 * (shape.channels + i * shape.growth)
             weight = normal(slots, width, 3, 3) / fan_in**0.5
             convs.append(ConvParams(weight.requires_grad_(trains), normal(slots)))
+            if norm == "per_layer":
+                width = shape.channels + i * shape.growth
             gamma, beta = normal(width).abs() + 0.5, normal(width)
             running = (torch.zeros(width), torch.ones(width))
             norms.append(NormParams(gamma, beta, *running, trains, 0.1, 1e-5))
-        call = cls(shape, mode, x, D2Params(convs, norms))
+        call = cls(shape, mode, norm, x, D2Params(convs, norms))
         for t in call.parameters():
             t.requires_grad_(trains)
         return call
@@ -189,7 +196,7 @@ class Call:
         return both + [t for norm in norms for t in (norm.weight, norm.bias)]
 
     def forward(self, form: Form) -> Tensor:
-        return form(self.x, self.params, out_layers=self.shape.out_layers)
+        return form(self.x, self.params, norm=self.norm, out_layers=self.shape.out_layers)
 
     def prepared(self, form: Form) -> Callable[[], object]:
         """What is timed: the forward pass, or with it the gradients of x and all parameters."""

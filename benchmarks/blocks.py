@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import d3net_kernels as dk
 from benchmarks.block_forms import (
     MODES,
     BlockShape,
@@ -37,6 +38,7 @@ from benchmarks.forms import LAYOUTS, OURS
 from benchmarks.layers import FOLDER, ratio_line
 from benchmarks.timing import Sgemm, seconds_of, time_in_turns
 from d3net.machine import describe_machine
+from d3net_kernels import reference
 
 PRECISIONS = ("highest", "high", "bf16")
 QUICK = 6  # blocks of --quick
@@ -161,6 +163,18 @@ def host_overhead() -> list[str]:
     return lines
 
 
+def kept_per_layer(shapes: Sequence[BlockShape]) -> str:
+    """What norm="per_layer" keeps for backward, where only the gather form exists in torch."""
+    ratios = []
+    for shape in shapes:
+        kept = []
+        for form in (reference.d2_block, dk.d2_block):
+            calls = [Call.random(shape, "train", layout, "per_layer") for layout in LAYOUTS]
+            kept.append(min(call.kept_bytes(form) for call in calls))
+        ratios.append(kept[0] / kept[1])
+    return ratio_line("train, per_layer: kept by torch at least / ours", ratios)
+
+
 def summarise(races: Sequence[Race]) -> list[str]:
     """One line for each mode and precision, and what bfloat16 gains over float32."""
     lines = []
@@ -256,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sgemm.sample()
     summary = [
         *summarise(races),
+        *([kept_per_layer(shapes)] if "train" in modes else []),
         *host_overhead(),
         f"sgemm of {Sgemm.SIZE} in this run: {sgemm.gigaflops():.0f} GF/s",
     ]

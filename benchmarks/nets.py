@@ -56,7 +56,7 @@ def run_here(task: Task) -> Figures:
     """Builds the network with random weights and runs it, in this process."""
     torch.manual_seed(0)
     model = d3net.create_model(task.network).train(task.mode == "train")
-    model.to(memory_format=LAYOUTS[task.layout])  # type: ignore[call-overload]
+    model.to(memory_format=LAYOUTS[task.layout])  # type: ignore[call-overload, unused-ignore]
     x = torch.rand(find(task.network).input_shape).contiguous(memory_format=LAYOUTS[task.layout])
     start = peak_mib()
 
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="networks with TEXT in the name")
     parser.add_argument("--eval", action="store_true", help="eval only")
     parser.add_argument("--train", action="store_true", help="training steps only")
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="processes of each kind")
+    parser.add_argument("--repeat", type=int, default=2, metavar="N", help="processes of each kind")
     parser.add_argument(
         "--save", metavar="NAME", help="keep as benchmarks/saved/NAME.json, for git"
     )
