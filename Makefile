@@ -19,7 +19,7 @@ export D3NET_KERNELS_REQUIRE_BINARY := 1
 help:
 	@echo "make demo    train a small separator on a real song, plain torch against fused (minutes)"
 	@echo "make test    the tests, without those marked slow"
-	@echo "make bench   time layers, D2 blocks and networks against every form of plain torch (an hour)"
+	@echo "make bench   time layers, D2 blocks and networks against every form of plain torch"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make clean   remove what was built; .venv stays"
 	@echo

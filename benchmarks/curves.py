@@ -2,8 +2,8 @@
 
 The demo's small separator learns to separate sums of drifting tones and decaying clicks, drawn anew
 for every step from the seed. All networks start from the same numbers and see the same batches.
-Their losses are drawn into one picture. A second panel shows how far they part, beside how far plain
-torch parts from itself in the other memory layout: rounding differs there too, and training
+Their losses are drawn into one picture. A second panel shows how far they part, beside how far
+plain torch parts from itself in the other memory layout: rounding differs there too, and training
 amplifies it.
 """
 
