@@ -19,7 +19,7 @@ export D3NET_KERNELS_REQUIRE_BINARY := 1
 help:
 	@echo "make demo    train a small separator on a real song, plain torch against fused (minutes)"
 	@echo "make test    the tests, without those marked slow"
-	@echo "make bench   time the fused layer against every torch form on the D3Net shapes"
+	@echo "make bench   time layers, D2 blocks and networks against every form of plain torch"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make clean   remove what was built; .venv stays"
 	@echo
@@ -34,8 +34,11 @@ test: $(BINARY)
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
 bench: $(BINARY)
-	$(PY) -m benchmarks.layers $(ARGS)
-	@echo "forward and backward of single layers: $(PY) -m pytest benchmarks/test_layers.py"
+	$(PY) -m benchmarks.layers
+	$(PY) -m benchmarks.blocks $(ARGS)
+	$(PY) -m benchmarks.nets
+	$(PY) -m benchmarks.curves
+	@echo "forward and backward under pytest-benchmark: $(PY) -m pytest benchmarks"
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -30,13 +30,14 @@ def time_in_turns(
 ) -> dict[Key, list[float]]:
     """Samples in seconds of every call, taken in rounds of one sample each.
 
-    Every call is made once unmeasured, then once measured. Those far behind keep that one sample,
-    unless ``always`` holds for them; the others go on in rounds, more of them the quicker they are.
+    Every call is made once unmeasured, then once measured. Calls that ``always`` holds for go on in
+    rounds, more of them the quicker all are; so do the others, but for those far behind the best of
+    the others, which keep that one sample.
     """
     for call in calls.values():
         call()
     first = {key: seconds_of(call, 1) for key, call in calls.items()}
-    best = min(first.values())
+    best = min((first[key] for key in calls if not always(key)), default=0.0)
     racing = [key for key in calls if always(key) or first[key] < HOPELESS * best]
     times = {key: max(1, round(SHORTEST_SAMPLE / first[key])) for key in racing}
     round_seconds = sum(first[key] * times[key] for key in racing)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from . import checks
+from . import backends, checks, reference
 from ._layout import autocast_dtype_for, dtype_for
 from .functional import multidilated_conv2d
 from .statistics import batch_statistics
@@ -80,6 +80,8 @@ def d2_block(
     out_layers = checks.block_options(norm, out_layers, layers)
     batch_statistics = any(n.running_mean is None or n.use_batch_statistics for n in params.norms)
     checks.block_input(x, params.convs[0].weight, batch_statistics)
+    if backends.reference_is_forced([x]):
+        return reference.d2_block(x, params, norm=norm, out_layers=out_layers)
     autocast = autocast_dtype_for(x)
     if autocast is not None:
         x = x.to(autocast)  # once, and not once per layer

@@ -1,17 +1,22 @@
-"""The truth: the multidilated convolution in plain torch, any floating dtype, differentiable.
+"""The truth: one layer and the whole D2 block in plain torch, any floating dtype, differentiable.
 
 Takahashi & Mitsufuji, Densely connected multidilated convolutional networks for dense prediction
-tasks, CVPR 2021, eq. 2: the layer is the sum over its sources of one dilated convolution each.
+tasks, CVPR 2021, eq. 2: a layer is the sum over its sources of one dilated convolution each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import Dilations, flat_dilations, split_sources
+
+if TYPE_CHECKING:
+    from .block import D2Params, Norm, NormParams
 
 
 def psi(x: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:
@@ -35,8 +40,6 @@ def multidilated_conv2d(
     """Same arguments and result as :func:`d3net_kernels.multidilated_conv2d`."""
     sources = split_sources(inputs, group_channels)
     flat = flat_dilations(dilations, len(sources))
-    height, width = sources[0].shape[2:]
-    kernel_h, kernel_w = weight.shape[2:]
     out, start = None, 0
     for x, dh, dw in zip(sources, flat[::2], flat[1::2], strict=True):
         group = slice(start, start := start + x.shape[1])
@@ -46,12 +49,62 @@ def multidilated_conv2d(
             None if shift is None else shift[group],
             relu,
         )
-        if height == 0 or width == 0:  # F.conv2d refuses empty maps: lend one row and one column
-            y = F.pad(y, (0, 1, 0, 1))
-        padding = (dh * (kernel_h // 2), dw * (kernel_w // 2))
-        part = F.conv2d(y, weight[:, group], padding=padding, dilation=(dh, dw))
+        part = same_conv2d(y, weight[:, group], None, (dh, dw))
         out = part if out is None else out + part
     assert out is not None
-    if bias is not None:
-        out = out + bias[:, None, None]
-    return out[..., :height, :width] if height == 0 or width == 0 else out
+    return out if bias is None else out + bias[:, None, None]
+
+
+def d2_block(
+    x: Tensor, params: D2Params, *, norm: Norm = "per_source", out_layers: int | None = None
+) -> Tensor:
+    """Same arguments and result as :func:`d3net_kernels.d2_block`.
+
+    With norm="per_source" every source is normalised once for all the layers that read it. In the
+    faster memory layout no form of plain torch keeps less for backward.
+    """
+    growth = params.convs[-1].weight.shape[0]
+    sources, normalised = [x], list[Tensor]()
+    for layer, batch_norm in enumerate(params.norms, start=1):
+        if norm == "per_source":
+            normalised.append(normalise(sources[-1], batch_norm).relu_())
+        else:
+            y = normalise(torch.cat(sources, 1), batch_norm).relu_()
+            normalised = list(y.split([source.shape[1] for source in sources], 1))
+        out = None
+        for i, (y, conv) in enumerate(zip(normalised, params.convs, strict=False)):
+            slot = slice((layer - 1 - i) * growth, (layer - i) * growth)
+            bias = None if conv.bias is None else conv.bias[slot]
+            part = same_conv2d(y, conv.weight[slot], bias, (1 << i, 1 << i))
+            out = part if out is None else out + part
+        assert out is not None
+        sources.append(out)
+    returned = sources[len(sources) - (out_layers or len(params.norms)) :]
+    return torch.cat(returned, 1) if len(returned) > 1 else returned[0]
+
+
+def normalise(x: Tensor, norm: NormParams) -> Tensor:
+    """Batch normalisation without the ReLU; updates the running statistics as torch does."""
+    return F.batch_norm(
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        training=norm.use_batch_statistics or norm.running_mean is None,
+        momentum=float(norm.momentum),
+        eps=norm.eps,
+    )
+
+
+def same_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int]
+) -> Tensor:
+    """A convolution of odd size with "same" zero padding, of empty maps too."""
+    height, width = x.shape[2:]
+    empty = height == 0 or width == 0
+    if empty:  # F.conv2d refuses them: lend one row and one column
+        x = F.pad(x, (0, 1, 0, 1))
+    padding = (dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2))
+    out = F.conv2d(x, weight, bias, padding=padding, dilation=dilation)
+    return out[..., :height, :width] if empty else out
