@@ -9,20 +9,31 @@
 namespace d3net {
 namespace {
 
+/// The same tensor with adjacent channels.
+Tensor with_adjacent_channels(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), "d2_block: x must be (N, C, H, W) on the CPU");
+  if (x.stride(1) == 1 || x.size(1) == 1) return x;
+  Tensor copy = new_empty(x, x.size(0), x.size(1), x.size(2), x.size(3), true);
+  if (x.numel() > 0)
+    cpu::kernels().to_channels_last(dtype_of(x), view_of(x), x.size(0), x.size(1), x.size(2),
+                                    x.size(3), copy.data_ptr());
+  return copy;
+}
+
 /// The block's arguments as a D2Problem, with the memory it points to.
 class BlockCall {
  public:
-  BlockCall(const Tensor& x, const Tensors& weights, const Tensors& biases,
+  BlockCall(const Tensor& any_x, const Tensors& weights, const Tensors& biases,
             const Tensors& norm_weights, const Tensors& norm_biases, const Tensors& running_means,
             const Tensors& running_variances, const Ints& use_batch, double eps, bool per_layer,
-            int64_t out_layers, int64_t precision) {
+            int64_t out_layers, int64_t precision)
+      : x_(with_adjacent_channels(any_x)) {
+    const Tensor& x = x_;
     const size_t layers = weights.size();
     STD_TORCH_CHECK(layers > 0 && biases.size() == layers && norm_weights.size() == layers &&
                         norm_biases.size() == layers && running_means.size() == layers &&
                         running_variances.size() == layers && use_batch.size() == layers,
                     "d2_block: there must be one convolution and one norm a layer");
-    STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu() && (x.stride(1) == 1 || x.size(1) == 1),
-                    "d2_block: x must be (N, C, H, W) on the CPU with adjacent channels");
     problem.dtype = dtype_of(x);
     problem.batch = x.size(0);
     problem.in_channels = x.size(1);
@@ -84,6 +95,7 @@ class BlockCall {
     return vectors_.back().data();
   }
 
+  Tensor x_;
   std::vector<SlotConv> convs_;
   std::vector<Norm> norms_;
   std::vector<Coefficients> vectors_;

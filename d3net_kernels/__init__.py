@@ -4,7 +4,8 @@ from importlib import metadata
 
 from . import autocast, autograd, reference, vmap  # noqa: F401 (rules register themselves)
 from .backends import use_backend, why_not
-from .block import ConvParams, D2Params, NormParams, d2_block
+from .block import d2_block
+from .block_params import ConvParams, D2Params, NormParams
 from .functional import multidilated_conv2d
 from .modules import D2Block, MultidilatedConv2d
 

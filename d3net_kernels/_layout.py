@@ -25,6 +25,24 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty_strided((n, c, h, w), strides, dtype=like.dtype, device=like.device)
 
 
+def empty_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A dense tensor of `shape` (N, C, H, W) whose channels are adjacent."""
+    n, c, h, w = shape
+    strides = (c * h * w, 1, w * c, c)
+    return torch.empty_strided((n, c, h, w), strides, dtype=like.dtype, device=like.device)
+
+
+def hidden_pitch(growth: int, layers: int, out_layers: int) -> int:
+    """Channels of a pixel of the features that a D2 block keeps and does not return.
+
+    As csrc/d2_block.h has it: x_1 .. x_L lie in a row that ends on a multiple of 16 channels.
+    """
+    if out_layers == layers:
+        return 0
+    row = -(-growth * layers // 16) * 16
+    return -(-(row - growth * out_layers) // 16) * 16
+
+
 def dtype_for(x: Tensor) -> torch.dtype:
     """Statistics, scale and shift are float32, or float64 next to float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

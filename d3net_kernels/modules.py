@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .block import ConvParams, D2Params, Norm, NormParams, d2_block
+from .block import d2_block
+from .block_params import ConvParams, D2Params, Norm, NormParams
 from .functional import multidilated_conv2d
 
 

@@ -113,10 +113,64 @@ def _fake_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.empty_like(mean)
 
 
+def _fake_d2_block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    use_batch: Sequence[int],
+    eps: float,
+    per_layer: bool,
+    out_layers: int,
+    precision: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, channels, h, w = x.shape
+    layers, growth = len(weights), weights[-1].shape[0]
+    out = _layout.empty_channels_last((n, growth * out_layers, h, w), x)
+    kept = _layout.hidden_pitch(growth, layers, out_layers) if keep else 0
+    mean = x.new_empty(channels + (layers - 1) * growth, dtype=_layout.dtype_for(x))
+    return out, x.new_empty((n, h, w, kept)), mean, torch.empty_like(mean)
+
+
+def _fake_d2_block_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor,
+    features: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    use_batch: Sequence[int],
+    eps: float,
+    per_layer: bool,
+    out_layers: int,
+    precision: int,
+    wanted: Sequence[int],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    grad_x = _layout.empty_channels_last(x.shape, x) if wanted[0] else x.new_empty(0)
+    flags = iter(wanted[1:])
+    groups = [
+        [t.new_empty(t.shape) if next(flags) else t.new_empty(0) for t in group]
+        for group in (weights, biases, norm_weights, norm_biases)
+    ]
+    return grad_x, groups[0], groups[1], groups[2], groups[3]
+
+
 for _op, _fake in (
     (multidilated_conv2d, _fake_forward),
     (backward_data, _fake_backward_data),
     (backward_weight, _fake_backward_weight),
     (channel_moments, _fake_channel_moments),
+    (d2_block, _fake_d2_block),
+    (d2_block_backward, _fake_d2_block_backward),
 ):
     torch.library.register_fake(_op, _fake, lib=library)

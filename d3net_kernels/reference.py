@@ -16,7 +16,7 @@ from torch import Tensor
 from .checks import Dilations, flat_dilations, split_sources
 
 if TYPE_CHECKING:
-    from .block import D2Params, Norm, NormParams
+    from .block_params import D2Params, Norm, NormParams
 
 
 def psi(x: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:

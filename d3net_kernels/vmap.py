@@ -58,6 +58,14 @@ def _channel_moments(info: Any, dims: _Dims, x: Tensor) -> tuple[Any, Any]:
     return _loop(ops.channel_moments, info, dims, (x,))
 
 
+def _d2_block(info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
+    return _loop(ops.d2_block, info, dims, arguments)
+
+
+def _d2_block_backward(info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
+    return _loop(ops.d2_block_backward, info, dims, arguments)
+
+
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
     """(B, N, C, H, W), or a tensor shared by the batch, to (B * N, C, H, W)."""
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -104,5 +112,7 @@ for _op, _rule in (
     (ops.backward_data, _backward_data),
     (ops.backward_weight, _backward_weight),
     (ops.channel_moments, _channel_moments),
+    (ops.d2_block, _d2_block),
+    (ops.d2_block_backward, _d2_block_backward),
 ):
     torch.library.register_vmap(_op, _rule, lib=ops.library)

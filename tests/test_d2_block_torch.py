@@ -77,6 +77,7 @@ CHANGES: dict[str, Callable[[dk.D2Block], Any]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_never_a_stale_result(change: Callable[[dk.D2Block], Any], grad: bool) -> None:
     """Whatever is kept from call to call, such as packed weights, follows every change."""
+    torch.manual_seed(0)  # some draws have sources that the ReLU shuts off
     block = random_module().eval().requires_grad_(grad)
     for _ in range(3):
         before = block(X).detach().clone()

@@ -174,8 +174,8 @@ def test_half_block_trains(dtype: torch.dtype) -> None:
 
 def test_only_features_are_kept() -> None:
     """For backward a training block keeps its raw sources once: nothing else of their size."""
-    block = dk.D2Block(8, 8, 4, out_layers=1)
-    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    block = dk.D2Block(16, 16, 4, out_layers=1)  # features are kept in multiples of 16 channels
+    x = torch.randn(2, 16, 32, 32, requires_grad=True)
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:

@@ -447,10 +447,10 @@ class D2Backward : D2Block<T> {
       if (double* to = g_.norm_biases[link.norm]) to[start + c] = sum;
       const double slope =
           static_cast<double>(static_cast<const A*>(norm.weight)[start + c]) * rstd;
-      const double through_batch = norm.use_batch ? -slope / count : 0;
-      coefficients[c] = {static_cast<A>(slope),
-                         static_cast<A>(through_batch * rstd * rstd * sum_x),
-                         static_cast<A>(through_batch * sum)};
+      coefficients[c] = {static_cast<A>(slope), 0, 0};
+      if (!norm.use_batch) continue;
+      coefficients[c].tilt = static_cast<A>(-slope * rstd * rstd * sum_x / count);
+      coefficients[c].offset = static_cast<A>(-slope * sum / count);
     }
   }
 

@@ -23,6 +23,10 @@ struct Kernels {
   void (*moments)(DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height,
                   int64_t width, double* moments);
 
+  /// Copies x of any strides to `to`: (batch, height, width, channels), dense.
+  void (*to_channels_last)(DType dtype, const View& x, int64_t batch, int64_t channels,
+                           int64_t height, int64_t width, void* to);
+
   /// mean and variance: of all source channels, in the accumulation type; those of x_0 are given
   /// where a norm wants batch statistics, the others are computed.
   void (*d2_forward)(const D2Problem&, const D2Features&, void* mean, void* variance);

@@ -6,6 +6,7 @@
 #include "convolve.h"
 #include "kernels.h"
 #include "moments.h"
+#include "relayout.h"
 #include "weight_grad.h"
 
 namespace d3net::cpu::D3NET_ISA {
@@ -129,6 +130,12 @@ const Kernels kKernels{
        double* out) {
       for_dtype(dtype,
                 [&](auto t) { moments<decltype(t)>(x, batch, channels, height, width, out); });
+    },
+    [](DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height, int64_t width,
+       void* to) {
+      for_dtype(dtype, [&](auto t) {
+        to_channels_last(x, batch, channels, height, width, static_cast<decltype(t)*>(to));
+      });
     },
     d2_forward,
     d2_backward};

@@ -1,6 +1,7 @@
 // Copies between tensors of any strides and rows of adjacent channels.
 #pragma once
 
+#include "parallel.h"
 #include "tile_io.h"
 
 namespace d3net::cpu::D3NET_ISA {
@@ -38,6 +39,19 @@ void to_adjacent_channels(const From* from, int64_t stride_w, int64_t stride_c, 
         store_first<A>(to + (x + j) * pitch + c, block[j], planes);
     }
   }
+}
+
+template <class T>
+void to_channels_last(const View& x, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                      T* to) {
+  Crew::run([&](Crew::Worker& worker) {
+    worker.each(batch * height, [&](int64_t i, int64_t) {
+      const T* from = static_cast<const T*>(x.data) + i / height * x.stride_n +
+                      i % height * x.stride_h;
+      to_adjacent_channels(from, x.stride_w, x.stride_c, width, channels,
+                           to + i * width * channels, channels);
+    });
+  });
 }
 
 }  // namespace d3net::cpu::D3NET_ISA

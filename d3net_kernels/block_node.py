@@ -1,0 +1,261 @@
+"""A D2 block as one node of the autograd graph, on the compiled CPU kernels (csrc/cpu).
+
+Kept for the backward pass: x_0, the features, and mean and variance of each source channel. Second
+derivatives go through the block layer by layer, whose formulas hold to every order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
+
+from . import block_layers, ops
+from ._layout import dtype_for
+from .backends import cpu
+from .block_params import ConvParams, D2Params, Norm, NormParams
+
+PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+_OF_SWITCH = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def precision() -> int:
+    """What torch allows in place of float32 in convolutions: its CPU switch, or else the global."""
+    switch = getattr(torch.backends.mkldnn, "conv", None)
+    asked = _OF_SWITCH.get(getattr(switch, "fp32_precision", "none"))
+    return PRECISIONS[asked or torch.get_float32_matmul_precision()]
+
+
+def serves(x: Tensor, params: D2Params, norm: Norm) -> bool:
+    """Whether the node can do it; what it cannot, arguments that do not fit among it, block_layers
+    does or explains."""
+    if x.device.type != "cpu" or x.numel() == 0 or cpu.why_not(()) is not None:
+        return False
+    layers = len(params.convs)
+    growth = params.convs[-1].weight.shape[0]
+    if len(params.norms) != layers or growth == 0:
+        return False
+    for i, (conv, normalisation) in enumerate(zip(params.convs, params.norms, strict=True)):
+        channels = growth if i else x.shape[1]
+        normed = x.shape[1] + i * growth if norm == "per_layer" else channels
+        if conv.weight.shape != (growth * (layers - i), channels, 3, 3):
+            return False
+        vectors = [normalisation.weight, normalisation.bias]
+        if not _takes_batch(normalisation):
+            vectors += [normalisation.running_mean, normalisation.running_var]
+        if any(v.shape != (normed,) or v.device != x.device for v in vectors):
+            return False
+        if normalisation.eps != params.norms[0].eps:
+            return False
+        of_conv = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
+        if any(t.dtype != x.dtype or t.device != x.device for t in of_conv):
+            return False
+        if conv.bias is not None and conv.bias.shape != conv.weight.shape[:1]:
+            return False
+    return True
+
+
+def d2_block(x: Tensor, params: D2Params, norm: Norm, out_layers: int) -> Tensor:
+    """The block through its own operator; arguments as `serves` accepted them."""
+    absent = x.new_empty(0)
+    convs, norms = params
+    out, _, mean, var = ops.d2_block(
+        x,
+        [conv.weight for conv in convs],
+        [absent if conv.bias is None else conv.bias for conv in convs],
+        [n.weight for n in norms],
+        [n.bias for n in norms],
+        [absent if _takes_batch(n) else n.running_mean for n in norms],
+        [absent if _takes_batch(n) else n.running_var for n in norms],
+        [int(_takes_batch(n)) for n in norms],
+        norms[0].eps,
+        norm == "per_layer",
+        out_layers,
+        precision(),
+        False,
+    )
+    count = x.numel() // x.shape[1]
+    start = 0
+    for i, n in enumerate(norms):
+        channels = slice(0 if norm == "per_layer" else start, start := start + convs[i].weight.shape[1])
+        if _takes_batch(n):
+            block_layers.update_running(n, mean[channels], var[channels], count)
+    result: Tensor = out
+    return result
+
+
+def _takes_batch(norm: NormParams) -> bool:
+    return norm.running_mean is None or norm.use_batch_statistics
+
+
+class _Options(NamedTuple):
+    """The operators' arguments that are no tensors."""
+
+    use_batch: list[int]
+    eps: float
+    per_layer: bool
+    out_layers: int
+    precision: int
+
+
+class _Arguments(NamedTuple):
+    """The operators' tensors; autograd sees them one by one."""
+
+    x: Tensor
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    norm_weights: Sequence[Tensor]
+    norm_biases: Sequence[Tensor]
+    running_means: Sequence[Tensor]
+    running_vars: Sequence[Tensor]
+
+    def flat(self) -> list[Tensor]:
+        return [self.x, *(t for group in self[1:] for t in group)]
+
+    @classmethod
+    def of(cls, flat: Sequence[Tensor]) -> _Arguments:
+        layers = (len(flat) - 1) // 6
+        return cls(flat[0], *(flat[1 + layers * i : 1 + layers * (i + 1)] for i in range(6)))
+
+    def block(self, options: _Options) -> Tensor:
+        """The same block layer by layer; running statistics stay as they are."""
+        none: None = None
+        convs = [
+            ConvParams(w, b if b.numel() else none)
+            for w, b in zip(self.weights, self.biases, strict=True)
+        ]
+        norms = [
+            NormParams(w, b, none if batch else mean, none if batch else var, False, 0.0, options.eps)
+            for w, b, mean, var, batch in zip(*self[3:], options.use_batch, strict=True)
+        ]
+        norm: Norm = "per_layer" if options.per_layer else "per_source"
+        return block_layers.d2_block(self.x, D2Params(convs, norms), norm, options.out_layers)
+
+
+def _forward(arguments: _Arguments, options: _Options, keep: bool) -> tuple[Tensor, ...]:
+    return tuple(ops.d2_block(*arguments, *options, keep))
+
+
+def _backward(
+    grad_out: Tensor,
+    kept: Sequence[Tensor],
+    arguments: _Arguments,
+    options: _Options,
+    wanted: list[int],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weights, biases, norms' weights and biases; empty where not wanted."""
+    x, *parameters = arguments
+    grad_x, *groups = ops.d2_block_backward(grad_out, x, *kept, *parameters, *options, wanted)
+    return (grad_x, *(t for group in groups for t in group))
+
+
+class _Node(_SingleLevelFunction):
+    """d2_block, single level as the nodes of autograd.py."""
+
+    @staticmethod
+    def forward(ctx: Any, options: _Options, *flat: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        arguments = _Arguments.of(flat)
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            out, features, mean, var = _forward(arguments, options, True)
+        ctx.mark_non_differentiable(features, mean, var)
+        ctx.options = options
+        # Of the result only what the block's own layers read is needed again.
+        returned = out if options.out_layers > 1 else out.new_empty(0)
+        ctx.save_for_backward(returned, features, mean, var, *flat)
+        return out, features, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * len(ctx.needs_input_grad)
+        out, features, mean, var, *flat = ctx.saved_tensors
+        arguments = _Arguments.of(flat)
+        wanted = [int(w) for w in ctx.needs_input_grad[1 : 2 + 4 * len(arguments.weights)]]
+        gradients = _backward(
+            grad_out, (out, features, mean, var), arguments, ctx.options, wanted
+        )
+        return (None, *_where(wanted, gradients, len(flat)))
+
+
+class _BackwardNode(_SingleLevelFunction):
+    """d2_block_backward; what it is given of the forward pass follows from the other arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        options: _Options,
+        wanted: list[int],
+        kept: Sequence[Tensor],
+        grad_out: Tensor,
+        *flat: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.wanted = options, wanted
+        ctx.save_for_backward(grad_out, *flat)
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            return _backward(grad_out, kept, _Arguments.of(flat), options, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *to_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, *flat = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, since grad_out may have been computed from x: that path is not ours to follow.
+            grad_out, *flat = (t.view_as(t) for t in (grad_out, *flat))
+            arguments = _Arguments.of(flat)
+            inputs = [t for t, w in zip(flat, ctx.wanted, strict=False) if w]
+            first = torch.autograd.grad(
+                arguments.block(ctx.options), inputs, grad_out, create_graph=True
+            )
+            given = [t for t, w in zip(to_gradients, ctx.wanted, strict=True) if w]
+            pairs = [(g, to) for g, to in zip(first, given, strict=True) if to is not None]
+            needed = [
+                t for t, n in zip((grad_out, *flat), ctx.needs_input_grad[3:], strict=True) if n
+            ]
+            second = iter(
+                torch.autograd.grad(
+                    [g for g, _ in pairs],
+                    needed,
+                    [to for _, to in pairs],
+                    create_graph=again,
+                    allow_unused=True,
+                )
+            )
+        return (None, None, None, *(next(second) if n else None for n in ctx.needs_input_grad[3:]))
+
+
+def _where(wanted: list[int], gradients: Sequence[Tensor], size: int) -> list[Tensor | None]:
+    found = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
+    return found + [None] * (size - len(found))
+
+
+def _autograd(*arguments: Any) -> Any:
+    tensors, options = _Arguments(*arguments[:7]), _Options(*arguments[7:12])
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.flat()[: -2 * len(tensors.weights)]):
+        with enable_single_level_autograd_function():
+            return _Node.apply(options, *tensors.flat())
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.d2_block(*arguments)
+
+
+def _autograd_backward(*arguments: Any) -> Any:
+    grad_out, x, *kept = arguments[:6]
+    tensors, options = _Arguments(x, *arguments[6:12]), _Options(*arguments[12:17])
+    wanted = arguments[17]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, *tensors.flat())):
+        with enable_single_level_autograd_function():
+            grad_x, *others = _BackwardNode.apply(options, wanted, kept, grad_out, *tensors.flat())
+        layers = len(tensors.weights)
+        return (grad_x, *(others[i * layers : (i + 1) * layers] for i in range(4)))
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.d2_block_backward(*arguments)
+
+
+ops.library.impl(ops.d2_block, _autograd, "Autograd")
+ops.library.impl(ops.d2_block_backward, _autograd_backward, "Autograd")

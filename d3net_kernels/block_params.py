@@ -1,0 +1,47 @@
+"""What a D2 block is given besides its input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+Norm: TypeAlias = Literal["per_source", "per_layer"]
+
+
+class ConvParams(NamedTuple):
+    """The convolution of one source for all the layers that read it.
+
+    weight (k * (L - i), C_i, 3, 3) and bias (k * (L - i),) or None: one slot of k output channels
+    per layer i+1..L, in this order.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class NormParams(NamedTuple):
+    """One batch normalisation; the running statistics are updated in place from batch statistics.
+
+    `momentum` is the share of the new batch: a number, or a tensor of no dimensions.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    use_batch_statistics: bool
+    momentum: float | Tensor
+    eps: float
+
+
+class D2Params(NamedTuple):
+    """All parameters of a D2 block: convs[i] of source i, and the norms.
+
+    norm="per_source": norms[i] has the C_i channels of source i.
+    norm="per_layer": norms[l] has the C_0 + l k channels that layer l + 1 reads.
+    """
+
+    convs: Sequence[ConvParams]
+    norms: Sequence[NormParams]
