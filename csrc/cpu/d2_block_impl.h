@@ -92,11 +92,13 @@ class D2Block {
   void fold_norm(int64_t norm) {
     const Norm& n = p.norms[norm];
     for (int64_t c = 0; c < norm_channels(norm); ++c) {
-      const double scale = static_cast<double>(static_cast<const A*>(n.weight)[c]) * rstd_of(norm, c);
-      const double shift = static_cast<double>(static_cast<const A*>(n.bias)[c]) -
-                           static_cast<double>(mean_of(norm, c)) * scale;
-      scale_[static_cast<size_t>(norm)][static_cast<size_t>(c)] = static_cast<A>(scale);
-      shift_[static_cast<size_t>(norm)][static_cast<size_t>(c)] = static_cast<A>(shift);
+      // The summand follows from the rounded factor, so that both err as one near the mean.
+      const double weight = static_cast<double>(static_cast<const A*>(n.weight)[c]);
+      const double bias = static_cast<double>(static_cast<const A*>(n.bias)[c]);
+      const A scale = static_cast<A>(weight * rstd_of(norm, c));
+      const double at_mean = static_cast<double>(mean_of(norm, c)) * static_cast<double>(scale);
+      scale_[static_cast<size_t>(norm)][static_cast<size_t>(c)] = scale;
+      shift_[static_cast<size_t>(norm)][static_cast<size_t>(c)] = static_cast<A>(bias - at_mean);
     }
   }
   Activation<A> psi_of(const Link& link) const {
@@ -171,6 +173,7 @@ class D2Forward : D2Block<T> {
   void run() {
     static thread_local Scratch sums_memory, packed_memory;
     const Borrowed<A> sums(sums_memory, Base::kWide ? 0 : this->pixels() * p.row());
+    const std::vector<A> bias = layer_biases();
     std::vector<Pass> passes;
     std::vector<std::vector<Moments>> moments(this->links_.size());
     std::vector<std::vector<double>> counts(this->links_.size());
@@ -184,10 +187,8 @@ class D2Forward : D2Block<T> {
       pass.to = destination(sums.get());
       pass.to.begin = p.in_row(link.first_layer);
       pass.to.end = p.in_row(link.last_layer + 1);
-      if (const void* bias = p.convs[link.source].bias)
-        pass.bias = static_cast<const A*>(bias) +
-                    (link.first_layer - 1 - link.source) * p.growth;
       pass.accumulate = !link.opens;
+      if (link.opens) pass.bias = bias.data() + (link.first_layer - 1) * p.growth;
       if (measures(link.finishes)) {
         moments[i].resize(static_cast<size_t>(pass.tasks() * p.growth));
         counts[i].resize(static_cast<size_t>(pass.tasks()));
@@ -216,6 +217,19 @@ class D2Forward : D2Block<T> {
   }
 
  private:
+  /// Of each layer the sum over its sources, so that it is added, and rounded, once.
+  std::vector<A> layer_biases() const {
+    std::vector<A> sums(static_cast<size_t>(p.layers * p.growth));
+    for (int64_t c = 0; c < p.layers * p.growth; ++c) {
+      double sum = 0;
+      for (int64_t i = 0; i <= c / p.growth; ++i)
+        if (const A* bias = static_cast<const A*>(p.convs[i].bias))
+          sum += static_cast<double>(bias[c - i * p.growth]);
+      sums[static_cast<size_t>(c)] = static_cast<A>(sum);
+    }
+    return sums;
+  }
+
   /// Whether batch statistics of x_layer are wanted.
   bool measures(int64_t layer) const {
     if (layer == 0 || layer == p.layers) return false;
