@@ -48,7 +48,7 @@ def plot(path: Path, races: Sequence[Race], machine: str) -> None:
         panel.yaxis.set_major_formatter(ScalarFormatter())
         panel.grid(axis="y", alpha=0.3)
         panel.set(title=mode, ylabel="best torch time / ours")
-        panel.legend(title="precision")
+        panel.legend(title="precision", loc="upper left", bbox_to_anchor=(1, 1))
     panels[-1].set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=7)
     figure.suptitle(f"D2 blocks of D3Net, batch 1\n{machine}", fontsize=9)
     figure.savefig(path, dpi=110)

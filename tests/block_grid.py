@@ -317,6 +317,10 @@ def _is_clear_of_kinks(block: Block) -> bool:
         reach = _largest(rounded - exact) + torch.finfo(torch.float32).eps * _largest(exact)
         if ((exact.abs() <= KINK_MARGIN * reach) & (exact != 0)).any():
             return False
+        # A source that no ReLU lets through makes features without variance, and normalising those
+        # amplifies rounding beyond any bound.
+        if exact.numel() > 0 and not (exact > 0).any():
+            return False
     return True
 
 

@@ -51,14 +51,14 @@ class _Scaled(nn.Module):
 
 CHANGES: dict[str, Callable[[dk.D2Block], Any]] = {
     "data_copy": lambda b: b.convs[1].weight.data.copy_(1.5 * b.convs[1].weight.data),
-    "data_of_one_entry": lambda b: b.convs[2].weight.data[4, 3, 1, 1].add_(1),
+    "data_of_one_kernel": lambda b: b.convs[2].weight.data[4].add_(1),
     "data_assigned": lambda b: setattr(b.convs[0].weight, "data", 1.5 * b.convs[0].weight.data),
     "detached": lambda b: b.convs[0].weight.detach().mul_(1.5),
     "numpy": lambda b: b.convs[0].weight.detach().numpy().__imul__(1.5),
     "bias_data": lambda b: b.convs[1].bias.data.add_(1),
     "gamma_data": lambda b: b.norms[1].weight.data.mul_(1.5),
     "beta_data": lambda b: b.norms[2].bias.data.add_(1),
-    "running_mean": lambda b: b.norms[1].running_mean.add_(1),
+    "running_mean": lambda b: b.norms[1].running_mean.sub_(1),
     "running_var": lambda b: b.norms[1].running_var.data.mul_(2),
     "eps": lambda b: setattr(b.norms[0], "eps", 0.5),
     "no_grad": _without_grad,
