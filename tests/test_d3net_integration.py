@@ -115,7 +115,7 @@ def _errors(results: Results, expected: Results) -> Tensor:
 
 NO_WORSE = 1.5  # more than five deviations away from what equally exact runs give in RUNS
 RUNS = [
-    *((name, False, 1) for name in NAMES),  # evaluation hardly amplifies
+    *((name, False, 4) for name in NAMES),  # evaluation amplifies less
     *((name, True, 8) for name in NAMES if name != "d3net_l_ocr"),
     pytest.param("d3net_l_ocr", True, 24, marks=pytest.mark.slow),
 ]
@@ -151,7 +151,7 @@ def test_bfloat16_autocast(name: str, training: bool, draws: int) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["d3net_s_fcn", "d3net_vocals"])
 def test_bfloat16_autocast_gradients(name: str, training: bool) -> None:
-    ratios = _error_ratios(name, training, _step, draws=12, autocast=True)
+    ratios = _error_ratios(name, training, _step, draws=16, autocast=True)
     assert ratios.max() <= NO_WORSE
 
 
