@@ -1,15 +1,21 @@
-"""Networks that save to a folder and come back from it: config.json and model.safetensors."""
+"""Networks that save to a folder and come back from it: config.json and model.safetensors.
+
+The same two files in a repository on the Hugging Face Hub do as well.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from d3net import hub
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -40,14 +46,23 @@ class Pretrained(nn.Module):
         save_safetensors(self.state_dict(), folder / WEIGHTS_FILE)
 
     @classmethod
-    def from_pretrained(cls: type[P], folder: str | Path) -> P:
-        """The network that :meth:`save_pretrained` wrote into `folder`, in evaluation mode.
+    def from_pretrained(cls: type[P], source: str | Path, **download: Any) -> P:
+        """The network that :meth:`save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            source: the folder, or "owner/name" of a repository on the Hugging Face Hub (where no
+                such folder exists; needs huggingface_hub, pip install 'd3net-kernels[hub]').
+            download: for a repository, as in huggingface_hub.snapshot_download: revision, token,
+                cache_dir, local_files_only and others.
 
         Raises:
-            FileNotFoundError: the folder or one of its two files is missing.
+            FileNotFoundError: the folder or one of its two files is missing, or the repository
+                cannot be fetched.
             ValueError: a file is damaged, or belongs to another kind of network.
         """
-        folder = Path(folder)
+        folder = Path(source)
+        if not folder.exists() and hub.is_repository(source):
+            folder = hub.download(str(source), (CONFIG_FILE, WEIGHTS_FILE), **download)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
@@ -56,6 +71,20 @@ class Pretrained(nn.Module):
         model = cls(_read_config(cls, folder / CONFIG_FILE))
         load_safetensors(folder / WEIGHTS_FILE, model)
         return model.eval()
+
+    def push_to_hub(self, repository: str, **create: Any) -> str:
+        """Save into the repository "owner/name" on the Hugging Face Hub; returns its address.
+
+        Args:
+            repository: its name; it is made if it is missing.
+            create: as in huggingface_hub.HfApi.create_repo: private, token and others.
+
+        Raises:
+            ModuleNotFoundError: huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.upload(folder, repository, **create)
 
 
 def save_safetensors(
