@@ -20,7 +20,7 @@ import d3net_kernels as dk
 from benchmarks.forms import LAYOUTS, OURS
 from d3net.registry import find
 from d3net_kernels import ConvParams, D2Block, D2Params, NormParams, reference
-from d3net_kernels.block import Norm
+from d3net_kernels.block_params import Norm
 
 NETWORKS = ("d3net_s", "d3net_l", "d3net_vocals")
 MODES = ("eval", "train")

@@ -52,8 +52,8 @@ struct D2Problem {
 };
 
 /// The layers that are kept but not returned live in `features`, the others in `out`. Both are
-/// (batch, height, width, channels). A pixel of `features` has `pitch` elements, in which the layers
-/// lie as in the row x_1 .. x_L that ends on a multiple of kAlignedChannels.
+/// (batch, height, width, channels). A pixel of `features` has `pitch` elements, in which the
+/// layers lie as in the row x_1 .. x_L that ends on a multiple of kAlignedChannels.
 struct D2Features {
   void* features = nullptr;
   int64_t pitch = 0;

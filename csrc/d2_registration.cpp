@@ -51,10 +51,11 @@ class BlockCall {
     for (size_t i = 0; i < layers; ++i) {
       const int64_t source = static_cast<int64_t>(i), channels = problem.channels_of(source);
       const Tensor& w = weights[i];
-      STD_TORCH_CHECK(w.dim() == 4 && w.size(0) == problem.growth * (problem.layers - source) &&
-                          w.size(1) == channels && w.size(2) == 3 && w.size(3) == 3 && w.is_cpu() &&
-                          dtype_of(w) == problem.dtype,
-                      "d2_block: a weight must be (k (L - i), C_i, 3, 3) with x's dtype and device");
+      STD_TORCH_CHECK(
+          w.dim() == 4 && w.size(0) == problem.growth * (problem.layers - source) &&
+              w.size(1) == channels && w.size(2) == 3 && w.size(3) == 3 && w.is_cpu() &&
+              dtype_of(w) == problem.dtype,
+          "d2_block: a weight must be (k (L - i), C_i, 3, 3) with x's dtype and device");
       convs_.push_back({weight_of(w), vector(biases[i], w.size(0))});
       const int64_t normed = per_layer ? problem.first_channel(source) + channels : channels;
       norms_.push_back({vector(norm_weights[i], normed), vector(norm_biases[i], normed), nullptr,
@@ -103,10 +104,10 @@ class BlockCall {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensors weights, Tensors biases,
                                                    Tensors norm_weights, Tensors norm_biases,
-                                                   Tensors running_means,
-                                                   Tensors running_variances, Ints use_batch,
-                                                   double eps, bool per_layer, int64_t out_layers,
-                                                   int64_t precision, bool keep) {
+                                                   Tensors running_means, Tensors running_variances,
+                                                   Ints use_batch, double eps, bool per_layer,
+                                                   int64_t out_layers, int64_t precision,
+                                                   bool keep) {
   const BlockCall call(x, weights, biases, norm_weights, norm_biases, running_means,
                        running_variances, use_batch, eps, per_layer, out_layers, precision);
   const D2Problem& p = call.problem;
@@ -129,7 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensors weights, Te
       assign(torch::stable::narrow(variance, 0, 0, p.in_channels), moments.data() + 1, 2);
     }
     void* data = keep ? features.data_ptr() : temporary.get();
-    cpu::kernels().d2_forward(p, {data, call.pitch(), out.data_ptr()}, mean.data_ptr(), variance.data_ptr());
+    cpu::kernels().d2_forward(p, {data, call.pitch(), out.data_ptr()}, mean.data_ptr(),
+                              variance.data_ptr());
   }
   return {std::move(out), std::move(features), std::move(mean), std::move(variance)};
 }
@@ -177,11 +179,11 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors> backward(
       vector_data[kind - 1].push_back(values.empty() ? nullptr : values.data());
     }
   if (!empty) {
-    cpu::kernels().d2_backward(p, {features.data_ptr(), call.pitch(), out.data_ptr()},
-                               mean.data_ptr(), variance.data_ptr(),
-                               {view_of(grad_out), wanted[0] ? grad_x.data_ptr() : nullptr,
-                                weight_data.data(), vector_data[0].data(), vector_data[1].data(),
-                                vector_data[2].data()});
+    cpu::kernels().d2_backward(
+        p, {features.data_ptr(), call.pitch(), out.data_ptr()}, mean.data_ptr(),
+        variance.data_ptr(),
+        {view_of(grad_out), wanted[0] ? grad_x.data_ptr() : nullptr, weight_data.data(),
+         vector_data[0].data(), vector_data[1].data(), vector_data[2].data()});
     for (size_t kind = 1; kind < 4; ++kind)
       for (size_t i = 0; i < layers; ++i)
         if (wants(kind, i)) assign(grads[kind][i], vectors[kind - 1][i].data());

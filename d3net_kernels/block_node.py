@@ -15,7 +15,6 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
 from . import block_layers, ops
-from ._layout import dtype_for
 from .backends import cpu
 from .block_params import ConvParams, D2Params, Norm, NormParams
 
@@ -23,12 +22,15 @@ PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 _OF_SWITCH = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def precision() -> int:
     """What torch allows in place of float32 in convolutions: its CPU switch, or else the global."""
     switch = getattr(torch.backends.mkldnn, "conv", None)
     asked = _OF_SWITCH.get(getattr(switch, "fp32_precision", "none"))
     return PRECISIONS[asked or torch.get_float32_matmul_precision()]
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler for it.
+precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(x: Tensor, params: D2Params, norm: Norm) -> bool:
@@ -46,7 +48,7 @@ def serves(x: Tensor, params: D2Params, norm: Norm) -> bool:
         if conv.weight.shape != (growth * (layers - i), channels, 3, 3):
             return False
         vectors = [normalisation.weight, normalisation.bias]
-        if not _takes_batch(normalisation):
+        if normalisation.running_mean is not None and normalisation.running_var is not None:
             vectors += [normalisation.running_mean, normalisation.running_var]
         if any(v.shape != (normed,) or v.device != x.device for v in vectors):
             return False
@@ -81,10 +83,12 @@ def d2_block(x: Tensor, params: D2Params, norm: Norm, out_layers: int) -> Tensor
     )
     count = x.numel() // x.shape[1]
     start = 0
-    for i, n in enumerate(norms):
-        channels = slice(0 if norm == "per_layer" else start, start := start + convs[i].weight.shape[1])
+    for conv, n in zip(convs, norms, strict=True):
+        end = start + conv.weight.shape[1]
         if _takes_batch(n):
+            channels = slice(0 if norm == "per_layer" else start, end)
             block_layers.update_running(n, mean[channels], var[channels], count)
+        start = end
     result: Tensor = out
     return result
 
@@ -124,15 +128,14 @@ class _Arguments(NamedTuple):
 
     def block(self, options: _Options) -> Tensor:
         """The same block layer by layer; running statistics stay as they are."""
-        none: None = None
         convs = [
-            ConvParams(w, b if b.numel() else none)
+            ConvParams(w, b if b.numel() else None)
             for w, b in zip(self.weights, self.biases, strict=True)
         ]
-        norms = [
-            NormParams(w, b, none if batch else mean, none if batch else var, False, 0.0, options.eps)
-            for w, b, mean, var, batch in zip(*self[3:], options.use_batch, strict=True)
-        ]
+        norms = []
+        for w, b, mean, var, batch in zip(*self[3:], options.use_batch, strict=True):
+            running = (None, None) if batch else (mean, var)
+            norms.append(NormParams(w, b, *running, False, 0.0, options.eps))
         norm: Norm = "per_layer" if options.per_layer else "per_source"
         return block_layers.d2_block(self.x, D2Params(convs, norms), norm, options.out_layers)
 
@@ -177,9 +180,7 @@ class _Node(_SingleLevelFunction):
         out, features, mean, var, *flat = ctx.saved_tensors
         arguments = _Arguments.of(flat)
         wanted = [int(w) for w in ctx.needs_input_grad[1 : 2 + 4 * len(arguments.weights)]]
-        gradients = _backward(
-            grad_out, (out, features, mean, var), arguments, ctx.options, wanted
-        )
+        gradients = _backward(grad_out, (out, features, mean, var), arguments, ctx.options, wanted)
         return (None, *_where(wanted, gradients, len(flat)))
 
 
@@ -235,11 +236,16 @@ def _where(wanted: list[int], gradients: Sequence[Tensor], size: int) -> list[Te
     return found + [None] * (size - len(found))
 
 
+# As those of autograd.py, to the type checker: the class has no `apply` it knows of.
+_node: Any = _Node
+_backward_node: Any = _BackwardNode
+
+
 def _autograd(*arguments: Any) -> Any:
-    tensors, options = _Arguments(*arguments[:7]), _Options(*arguments[7:12])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.flat()[: -2 * len(tensors.weights)]):
+    flat, options = _Arguments(*arguments[:7]).flat(), _Options(*arguments[7:12])
+    if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
         with enable_single_level_autograd_function():
-            return _Node.apply(options, *tensors.flat())
+            return _node.apply(options, *flat)
     with torch._C._AutoDispatchBelowAutograd():
         return ops.d2_block(*arguments)
 
@@ -250,7 +256,7 @@ def _autograd_backward(*arguments: Any) -> Any:
     wanted = arguments[17]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, *tensors.flat())):
         with enable_single_level_autograd_function():
-            grad_x, *others = _BackwardNode.apply(options, wanted, kept, grad_out, *tensors.flat())
+            grad_x, *others = _backward_node.apply(options, wanted, kept, grad_out, *tensors.flat())
         layers = len(tensors.weights)
         return (grad_x, *(others[i * layers : (i + 1) * layers] for i in range(4)))
     with torch._C._AutoDispatchBelowAutograd():

@@ -31,7 +31,8 @@ for _schema in (
     f"multidilated_conv2d_backward_weight(Tensor grad_output, {_PROBLEM}, {_PSI})"
     " -> (Tensor grad_weight, Tensor grad_bias)",
     "channel_moments(Tensor x) -> (Tensor mean, Tensor var)",
-    f"d2_block(Tensor x, {_BLOCK}, bool keep) -> (Tensor out, Tensor features, Tensor mean, Tensor var)",
+    f"d2_block(Tensor x, {_BLOCK}, bool keep)"
+    " -> (Tensor out, Tensor features, Tensor mean, Tensor var)",
     "d2_block_backward(Tensor grad_out, Tensor x, Tensor out, Tensor features, Tensor mean,"
     f" Tensor var, {_BLOCK}, int[] wanted) -> (Tensor grad_x, Tensor[] grad_weights,"
     " Tensor[] grad_biases, Tensor[] grad_norm_weights, Tensor[] grad_norm_biases)",

@@ -23,8 +23,8 @@ void d2_forward(const D2Problem& p, const D2Features& kept, void* mean, void* va
   });
 }
 
-void d2_backward(const D2Problem& p, const D2Features& kept, const void* mean,
-                 const void* variance, const D2Gradients& gradients) {
+void d2_backward(const D2Problem& p, const D2Features& kept, const void* mean, const void* variance,
+                 const D2Gradients& gradients) {
   for_block_dtype(p.dtype, [&](auto t) {
     using A = Accumulator<decltype(t)>;
     D2Backward<decltype(t)>(p, kept, const_cast<A*>(static_cast<const A*>(mean)),

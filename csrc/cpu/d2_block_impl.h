@@ -29,8 +29,7 @@ inline std::vector<Link> links_of(const D2Problem& p) {
       for (int64_t i = 0; i < layer; ++i)
         links.push_back({layer - 1, i, layer, layer, i == 0, i == layer - 1 ? layer : 0});
   } else {
-    for (int64_t i = 0; i < p.layers; ++i)
-      links.push_back({i, i, i + 1, p.layers, i == 0, i + 1});
+    for (int64_t i = 0; i < p.layers; ++i) links.push_back({i, i, i + 1, p.layers, i == 0, i + 1});
   }
   return links;
 }
@@ -71,8 +70,7 @@ class D2Block {
                 p.out_layers * p.growth);
   }
   Slab<const T> source(int64_t i) const {
-    if (i == 0)
-      return {static_cast<const T*>(p.x.data), p.x.stride_n, p.x.stride_h, p.x.stride_w};
+    if (i == 0) return {static_cast<const T*>(p.x.data), p.x.stride_n, p.x.stride_h, p.x.stride_w};
     const Slab<T> s = layer(i);
     return {s.data, s.stride_n, s.stride_h, s.stride_w};
   }
@@ -121,8 +119,7 @@ class D2Block {
     // 16-bit features round far above the errors of Winograd's larger tiles.
     const Precision precision =
         sizeof(T) == 2 ? Precision::high : static_cast<Precision>(p.precision);
-    return plan_pass(shape, precision, sizeof(A) == sizeof(double),
-                     {kLanes<A>, kVectorRegisters});
+    return plan_pass(shape, precision, sizeof(A) == sizeof(double), {kLanes<A>, kVectorRegisters});
   }
   Weight weight_of(const Link& link) const {
     const int64_t slot = link.first_layer - 1 - link.source;
@@ -162,8 +159,8 @@ class D2Block {
 template <class T>
 class D2Forward : D2Block<T> {
   using Base = D2Block<T>;
-  using typename Base::A;
   using Base::p;
+  using typename Base::A;
   using Pass = TilePass<T, T, A>;
 
  public:
@@ -208,10 +205,11 @@ class D2Forward : D2Block<T> {
         const int64_t layer = this->links_[i].finishes;
         if (layer == 0) continue;
         if constexpr (!Base::kWide) round_layer(worker, layer, sums.get());
-        if (layer < p.layers) worker.once([&] {
-          if (measures(layer)) merge(layer, moments[i], counts[i]);
-          this->fold_norm(layer);
-        });
+        if (layer < p.layers)
+          worker.once([&] {
+            if (measures(layer)) merge(layer, moments[i], counts[i]);
+            this->fold_norm(layer);
+          });
       }
     });
   }
@@ -261,7 +259,7 @@ class D2Forward : D2Block<T> {
       for (int64_t x = 0; x < p.width; ++x)
         for (int64_t c = 0; c < p.growth; c += kLanes<A>)
           store_first<A>(to.at(n, y, x) + c, load_first<A>(from.at(n, y, x) + c, p.growth - c),
-                      p.growth - c);
+                         p.growth - c);
     });
   }
 
@@ -282,8 +280,8 @@ class D2Forward : D2Block<T> {
 template <class T>
 class D2Backward : D2Block<T> {
   using Base = D2Block<T>;
-  using typename Base::A;
   using Base::p;
+  using typename Base::A;
   using Pass = TilePass<A, T, A>;
   using WeightGradient = TileWeightGradient<T, A>;
 
@@ -326,8 +324,7 @@ class D2Backward : D2Block<T> {
     const Borrowed<A> workspace(workspace_memory, workspace_size);
     const int64_t map_rows = p.batch * p.height;
     std::vector<double> row_sums(static_cast<size_t>(map_rows * p.growth));
-    std::vector<Coefficients> coefficients(
-        static_cast<size_t>(std::max(p.in_channels, p.growth)));
+    std::vector<Coefficients> coefficients(static_cast<size_t>(std::max(p.in_channels, p.growth)));
 
     Crew::run([&](Crew::Worker& worker) {
       Base::pack_all(worker, passes, offsets, packed.get());
@@ -413,8 +410,8 @@ class D2Backward : D2Block<T> {
     w.input = {this->source(link.source), true, this->psi_of(link)};
     w.gradient = read(gradient_of(link.first_layer));
     if (void* to = g_.weights[link.source])
-      w.to = static_cast<T*>(to) + (link.first_layer - 1 - link.source) * p.growth *
-                                       p.channels_of(link.source) * 9;
+      w.to = static_cast<T*>(to) +
+             (link.first_layer - 1 - link.source) * p.growth * p.channels_of(link.source) * 9;
     return w;
   }
 
@@ -423,9 +420,9 @@ class D2Backward : D2Block<T> {
     const int64_t n = i / p.height, y = i % p.height;
     const int64_t channels = p.out_layers * p.growth;
     A* to = gradient_of(p.hidden_layers() + 1).at(n, y, 0);
-    to_adjacent_channels(static_cast<const T*>(g_.out.data) + n * g_.out.stride_n +
-                             y * g_.out.stride_h,
-                         g_.out.stride_w, g_.out.stride_c, p.width, channels, to, p.row());
+    to_adjacent_channels(
+        static_cast<const T*>(g_.out.data) + n * g_.out.stride_n + y * g_.out.stride_h,
+        g_.out.stride_w, g_.out.stride_c, p.width, channels, to, p.row());
     const A* last = gradient_of(p.layers).at(n, y, 0);
     for (int64_t c = 0; c < p.growth; c += kLanes<A>) {
       Vec<A> sum{};

@@ -107,8 +107,8 @@ class Crew {
 
 constexpr size_t kLargePage = size_t{2} << 20;
 
-/// Asks for large pages, where the system has them, for fresh memory about to be filled: to fault it
-/// in by pages of 4 KiB can take longer than to compute what it holds.
+/// Asks for large pages, where the system has them, for fresh memory about to be filled: to fault
+/// it in by pages of 4 KiB can take longer than to compute what it holds.
 inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   const auto address = reinterpret_cast<uintptr_t>(memory);

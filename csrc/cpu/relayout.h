@@ -16,7 +16,7 @@ void to_adjacent_channels(const From* from, int64_t stride_w, int64_t stride_c, 
     for (int64_t x = 0; x < width; ++x)
       for (int64_t c = 0; c < channels; c += lanes)
         store_first<A>(to + x * pitch + c, load_first<A>(from + x * stride_w + c, channels - c),
-                    channels - c);
+                       channels - c);
     return;
   }
   for (int64_t x = 0; x < width; x += lanes) {
@@ -46,10 +46,10 @@ void to_channels_last(const View& x, int64_t batch, int64_t channels, int64_t he
                       T* to) {
   Crew::run([&](Crew::Worker& worker) {
     worker.each(batch * height, [&](int64_t i, int64_t) {
-      const T* from = static_cast<const T*>(x.data) + i / height * x.stride_n +
-                      i % height * x.stride_h;
-      to_adjacent_channels(from, x.stride_w, x.stride_c, width, channels,
-                           to + i * width * channels, channels);
+      const T* from =
+          static_cast<const T*>(x.data) + i / height * x.stride_n + i % height * x.stride_h;
+      to_adjacent_channels(from, x.stride_w, x.stride_c, width, channels, to + i * width * channels,
+                           channels);
     });
   });
 }

@@ -241,7 +241,8 @@ D3NET_INLINE V fma(V a, V b, V c) {
 /// The larger of a bound, which is a number, and v; NaN passes.
 template <class A>
 D3NET_INLINE Vec<A> at_least(Vec<A> bound, Vec<A> v) {
-#if D3NET_VECTOR_BYTES == 64  // they return their second operand next to NaN (maskz: GCC 12 warns falsely)
+#if D3NET_VECTOR_BYTES == \
+    64  // they return their second operand next to NaN (maskz: GCC 12 warns falsely)
   if constexpr (std::is_same_v<A, float>)
     return (Vec<A>)_mm512_maskz_max_ps(0xffff, (__m512)bound, (__m512)v);
   else

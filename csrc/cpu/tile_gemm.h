@@ -47,7 +47,8 @@ void multiply(const MultiplyArgs<A>& args) {
         const int64_t in_group = std::min<int64_t>(lanes, s.channels - channel);
         for (int64_t c = 0; c < in_group; ++c, u += chunk * lanes) {
           Vec<A> outs[chunk];
-          unroll<chunk>([&](auto k) __attribute__((always_inline)) { outs[k] = load(u + k * lanes); });
+          unroll<chunk>([&](auto k)
+                            __attribute__((always_inline)) { outs[k] = load(u + k * lanes); });
           unroll<rows>([&](auto r) __attribute__((always_inline)) {
             const Vec<A> value = broadcast(v[r * lanes + c]);
             unroll<chunk>([&](auto k) __attribute__((always_inline)) {
@@ -91,7 +92,11 @@ struct OuterArgs {
 
 /// Channels of a microkernel: a divisor of the lanes.
 constexpr int channels_at_once(int chunk, int lanes) {
-  const int most = kVectorRegisters == 32 ? (chunk == 1 ? 16 : chunk == 4 ? 4 : 8) : chunk == 1 ? 8 : 4;
+  const int most = kVectorRegisters == 32 ? (chunk == 1   ? 16
+                                             : chunk == 4 ? 4
+                                                          : 8)
+                   : chunk == 1           ? 8
+                                          : 4;
   return most < lanes ? most : lanes;
 }
 

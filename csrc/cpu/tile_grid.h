@@ -13,9 +13,7 @@ struct TileGrid {
   int64_t dilation_h = 1, dilation_w = 1;  // distance of neighbours on a lattice
   int64_t outputs = 1;                     // along each side of a tile
 
-  int64_t count() const {
-    return batch * origins(height, dilation_h) * origins(width, dilation_w);
-  }
+  int64_t count() const { return batch * origins(height, dilation_h) * origins(width, dilation_w); }
   /// Tiles side by side along an axis of `size` pixels; the last ones may pass its end.
   int64_t origins(int64_t size, int64_t dilation) const {
     const int64_t band = outputs * dilation;

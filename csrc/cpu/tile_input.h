@@ -36,8 +36,8 @@ struct Tiles {
   }
 };
 
-/// Inline for certain, as all its callers up to those with side effects must be: GCC takes functions
-/// that only prefetch for pure and drops calls to them.
+/// Inline for certain, as all its callers up to those with side effects must be: GCC takes
+/// functions that only prefetch for pure and drops calls to them.
 D3NET_INLINE void prefetch(const void* p, int64_t bytes) {
   const char* line = static_cast<const char*>(p);
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b, 0, 2);

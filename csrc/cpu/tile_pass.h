@@ -196,8 +196,8 @@ class TilePass {
       const bool last_chunk = first + chunk == vectors();
       const int64_t product_position = chunk * plan.tiles * kN + kN;
       A* products = product_memory.get<A>((m == 1 ? 1 : positions) * product_position);
-      MultiplyArgs<A> args{v,    v_position,          packed,     u_position(chunk), nullptr,
-                           1,    shape.in_channels,   plan.tiles, products};
+      MultiplyArgs<A> args{v, v_position,        packed,     u_position(chunk), nullptr,
+                           1, shape.in_channels, plan.tiles, products};
       const auto kernel = kMultiply<A>[plan.tiles % 24 == 0][chunk - 1];
       if constexpr (m == 1) {
         args.positions = live;
@@ -256,7 +256,8 @@ class TilePass {
     return count;
   }
 
-  /// One vector of output channels of all tiles: the inverse transform, and what happens to outputs.
+  /// One vector of output channels of all tiles: the inverse transform, and what happens to
+  /// outputs.
   template <int m>
   void write_vector(const Tiles& tiles, int64_t vector, const A* products, int64_t position,
                     Totals& totals) const {
@@ -447,7 +448,8 @@ class TilePass {
   // ---- what is needed next comes to L2 while the products are made ------------------------------
 
   template <int m>
-  D3NET_INLINE void prefetch_outputs(const Tiles& tiles, int p, int64_t first, int64_t chunk) const {
+  D3NET_INLINE void prefetch_outputs(const Tiles& tiles, int p, int64_t first,
+                                     int64_t chunk) const {
     const int i = (p - m) / m, j = (p - m) % m;  // positions m .. m + m * m - 1 each take an output
     if (m > 1 && (p < m || i >= m)) return;
     const int64_t channel = (first_vector() + first) * kN;

@@ -1,6 +1,6 @@
 // The weight gradient of one source, the exact transpose of tile_pass.h in the weights: the same
-// transformed inputs V, times the spread output gradients D, summed over the tiles, gathered back to
-// the 3x3 taps.
+// transformed inputs V, times the spread output gradients D, summed over the tiles, gathered back
+// to the 3x3 taps.
 //
 // Tiles are taken a panel at a time: all threads transform the panel, then share its products by
 // position and channels, so that each sum has one owner and one order. There are no partial sums.
@@ -63,8 +63,8 @@ class TileWeightGradient {
     const int64_t tile_bytes = (positions * l.in_groups + d_positions * l.out_groups) * kN *
                                static_cast<int64_t>(sizeof(A));
     const int64_t most = round_up(shape.grid(algorithm).count(), kTilesAtOnce);
-    l.panel = std::min(most, std::clamp<int64_t>(kPanelBytes / tile_bytes, 32, 512) /
-                                 kTilesAtOnce * kTilesAtOnce);
+    l.panel = std::min(
+        most, std::clamp<int64_t>(kPanelBytes / tile_bytes, 32, 512) / kTilesAtOnce * kTilesAtOnce);
     l.v_position = l.in_groups * l.panel * kN + kN;
     l.v_size = positions * l.v_position;
     l.d_position = l.out_groups * l.panel * kN + kN;
