@@ -134,8 +134,8 @@ class _Arguments(NamedTuple):
         ]
         norms = []
         for w, b, mean, var, batch in zip(*self[3:], options.use_batch, strict=True):
-            running = (None, None) if batch else (mean, var)
-            norms.append(NormParams(w, b, *running, False, 0.0, options.eps))
+            kept_mean, kept_var = (None, None) if batch else (mean, var)
+            norms.append(NormParams(w, b, kept_mean, kept_var, False, 0.0, options.eps))
         norm: Norm = "per_layer" if options.per_layer else "per_source"
         return block_layers.d2_block(self.x, D2Params(convs, norms), norm, options.out_layers)
 
