@@ -192,8 +192,27 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors> backward(
           std::move(grads[3])};
 }
 
+std::string plan(int64_t batch, int64_t in_channels, int64_t out_channels, int64_t height,
+                 int64_t width, int64_t dilation, int64_t precision, bool exact) {
+  STD_TORCH_CHECK(batch > 0 && in_channels > 0 && out_channels > 0 && height > 0 && width > 0 &&
+                      dilation > 0 && precision >= 0 && precision <= 2,
+                  "cpu_plan: sizes and dilation must be positive, precision 0, 1 or 2");
+  cpu::PassShape shape;
+  shape.batch = batch;
+  shape.height = height;
+  shape.width = width;
+  shape.in_channels = in_channels;
+  shape.out_channels = out_channels;
+  shape.dilation_h = shape.dilation_w = dilation;
+  return cpu::kernels().plan(shape, static_cast<int>(precision), exact);
+}
+
 }  // namespace
 }  // namespace d3net
+
+STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_plan", TORCH_BOX(&d3net::plan));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CPU, m) {
   m.impl("d2_block", TORCH_BOX(&d3net::forward));

@@ -19,6 +19,9 @@ from .backends import cpu
 from .block_params import ConvParams, D2Params, Norm, NormParams
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+# The node's vectors run along channels. With fewer than these, block_layers is faster, whose vectors
+# run along the pixels of a row.
+FEWEST_CHANNELS = 8
 _OF_SWITCH = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
 
 
@@ -40,7 +43,7 @@ def serves(x: Tensor, params: D2Params, norm: Norm) -> bool:
         return False
     layers = len(params.convs)
     growth = params.convs[-1].weight.shape[0]
-    if len(params.norms) != layers or growth == 0:
+    if len(params.norms) != layers or growth * layers < FEWEST_CHANNELS:
         return False
     for i, (conv, normalisation) in enumerate(zip(params.convs, params.norms, strict=True)):
         channels = growth if i else x.shape[1]

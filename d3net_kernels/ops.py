@@ -37,6 +37,8 @@ for _schema in (
     f" Tensor var, {_BLOCK}, int[] wanted) -> (Tensor grad_x, Tensor[] grad_weights,"
     " Tensor[] grad_biases, Tensor[] grad_norm_weights, Tensor[] grad_norm_biases)",
     "cpu_isa(str request) -> str",
+    "cpu_plan(int batch, int in_channels, int out_channels, int height, int width, int dilation,"
+    " int precision, bool exact) -> str",
 ):
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _overloads = torch.ops.d3net_kernels

@@ -1,8 +1,11 @@
 // What one instruction set offers; dispatch.cpp picks among them at run time.
 #pragma once
 
+#include <string>
+
 #include "../d2_block.h"
 #include "../multidilated_conv.h"
+#include "tile_plan.h"
 
 namespace d3net::cpu {
 
@@ -22,6 +25,9 @@ struct Kernels {
   /// moments: [channels][2], mean and biased variance over batch, height and width (not empty).
   void (*moments)(DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height,
                   int64_t width, double* moments);
+
+  /// How a D2 block would convolve one source, in words.
+  std::string (*plan)(const PassShape&, int precision, bool exact);
 
   /// Copies x of any strides to `to`: (batch, height, width, channels), dense.
   void (*to_channels_last)(DType dtype, const View& x, int64_t batch, int64_t channels,

@@ -131,6 +131,13 @@ const Kernels kKernels{
       for_dtype(dtype,
                 [&](auto t) { moments<decltype(t)>(x, batch, channels, height, width, out); });
     },
+    [](const PassShape& shape, int precision, bool exact) {
+      const int bytes = exact ? sizeof(double) : sizeof(float);
+      const PassPlan plan = plan_pass(shape, static_cast<Precision>(precision), exact,
+                                      {kVectorBytes / bytes, kVectorRegisters});
+      return std::string(name_of(plan.algorithm)) + ", " + std::to_string(plan.tiles) +
+             " tiles a task";
+    },
     [](DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height, int64_t width,
        void* to) {
       for_dtype(dtype, [&](auto t) {

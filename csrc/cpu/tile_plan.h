@@ -13,6 +13,15 @@ namespace d3net::cpu {
 /// The value is the number of outputs along each side of a tile.
 enum class Algorithm : int { direct = 1, winograd2 = 2, winograd4 = 4 };
 
+inline const char* name_of(Algorithm algorithm) {
+  switch (algorithm) {
+    case Algorithm::direct: return "direct";
+    case Algorithm::winograd2: return "winograd F(2x2, 3x3)";
+    case Algorithm::winograd4: return "winograd F(4x4, 3x3)";
+  }
+  return "";
+}
+
 /// What torch's float32 precision switch allows: "highest", "high" and "medium".
 enum class Precision : int { highest = 0, high = 1, medium = 2 };
 
