@@ -3,6 +3,7 @@
 
 #include "d2_block_impl.h"
 #include "kernels.h"
+#include "tile_forward.h"
 
 namespace d3net::cpu::D3NET_ISA {
 
@@ -14,6 +15,12 @@ void for_block_dtype(DType dtype, F&& f) {
     case DType::bfloat16: return f(bfloat16{});
     case DType::float16: return f(float16{});
   }
+}
+
+bool forward_on_tiles(const Problem& p, const void* bias, const View& out) {
+  if (!prefers_tiles(p, out)) return false;
+  tile_forward(p, static_cast<const float*>(bias), out);
+  return true;
 }
 
 void d2_forward(const D2Problem& p, const D2Features& kept, void* mean, void* variance) {

@@ -128,26 +128,6 @@ class D2Block {
     return w;
   }
 
-  /// Packs the weights of all passes; where each begins.
-  template <class Pass>
-  static std::vector<int64_t> offsets_of(const std::vector<Pass>& passes) {
-    std::vector<int64_t> offsets{0};
-    for (const Pass& pass : passes)
-      offsets.push_back(offsets.back() + round_up(pass.packed_size(), 64));
-    return offsets;
-  }
-  template <class Pass>
-  static void pack_all(Crew::Worker& worker, const std::vector<Pass>& passes,
-                       const std::vector<int64_t>& offsets, A* packed) {
-    int64_t items = 0;
-    for (const Pass& pass : passes) items += pass.pack_items();
-    worker.each(items, [&](int64_t item, int64_t) {
-      size_t i = 0;
-      while (item >= passes[i].pack_items()) item -= passes[i++].pack_items();
-      passes[i].pack(item, packed + offsets[i]);
-    });
-  }
-
   const D2Problem& p;
   D2Features kept_;
   A* mean_;
@@ -192,11 +172,11 @@ class D2Forward : D2Block<T> {
         pass.measure = {p.growth, moments[i].data(), counts[i].data()};
       }
     }
-    const std::vector<int64_t> offsets = Base::offsets_of(passes);
+    const std::vector<int64_t> offsets = packed_offsets(passes);
     const Borrowed<A> packed(packed_memory, offsets.back());
 
     Crew::run([&](Crew::Worker& worker) {
-      Base::pack_all(worker, passes, offsets, packed.get());
+      pack_all(worker, passes, offsets, packed.get());
       worker.once([&] { this->fold_norm(0); });
       for (size_t i = 0; i < passes.size(); ++i) {
         worker.each(passes[i].tasks(), [&](int64_t task, int64_t next) {
@@ -319,7 +299,7 @@ class D2Backward : D2Block<T> {
       if (weight_gradients[i].to)
         workspace_size = std::max(workspace_size, weight_gradients[i].workspace_size());
     }
-    const std::vector<int64_t> offsets = Base::offsets_of(passes);
+    const std::vector<int64_t> offsets = packed_offsets(passes);
     const Borrowed<A> packed(packed_memory, offsets.back());
     const Borrowed<A> workspace(workspace_memory, workspace_size);
     const int64_t map_rows = p.batch * p.height;
@@ -327,7 +307,7 @@ class D2Backward : D2Block<T> {
     std::vector<Coefficients> coefficients(static_cast<size_t>(std::max(p.in_channels, p.growth)));
 
     Crew::run([&](Crew::Worker& worker) {
-      Base::pack_all(worker, passes, offsets, packed.get());
+      pack_all(worker, passes, offsets, packed.get());
       worker.each(map_rows, [&](int64_t i, int64_t) { copy_gradient(i, row_sums.data()); });
       worker.once([&] { add_rows(p.layers, row_sums); });
       for (size_t i = this->links_.size(); i-- > 0;) {

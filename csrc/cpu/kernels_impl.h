@@ -12,6 +12,7 @@
 namespace d3net::cpu::D3NET_ISA {
 
 // In a translation unit of their own, d2_block_*.cpp.
+bool forward_on_tiles(const Problem&, const void* bias, const View& out);  // false: not done
 void d2_forward(const D2Problem&, const D2Features&, void* mean, void* variance);
 void d2_backward(const D2Problem&, const D2Features&, const void* mean, const void* variance,
                  const D2Gradients&);
@@ -117,6 +118,7 @@ void for_dtype(DType dtype, F&& f) {
 const Kernels kKernels{
     D3NET_ISA_NAME,
     [](const Problem& p, const void* bias, const View& out) {
+      if (forward_on_tiles(p, bias, out)) return;
       for_dtype(p.dtype, [&](auto t) { forward<decltype(t)>(p, bias, out); });
     },
     [](const Problem& p, const View& gradient, const View* grad_inputs, double* psi_sums) {

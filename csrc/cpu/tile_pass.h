@@ -483,4 +483,25 @@ class TilePass {
   }
 };
 
+/// Where each pass's packed weights begin, and where all end.
+template <class Pass>
+std::vector<int64_t> packed_offsets(const std::vector<Pass>& passes) {
+  std::vector<int64_t> offsets{0};
+  for (const Pass& pass : passes)
+    offsets.push_back(offsets.back() + round_up(pass.packed_size(), 64));
+  return offsets;
+}
+
+template <class Pass, class A>
+void pack_all(Crew::Worker& worker, const std::vector<Pass>& passes,
+              const std::vector<int64_t>& offsets, A* packed) {
+  int64_t items = 0;
+  for (const Pass& pass : passes) items += pass.pack_items();
+  worker.each(items, [&](int64_t item, int64_t) {
+    size_t i = 0;
+    while (item >= passes[i].pack_items()) item -= passes[i++].pack_items();
+    passes[i].pack(item, packed + offsets[i]);
+  });
+}
+
 }  // namespace d3net::cpu::D3NET_ISA
