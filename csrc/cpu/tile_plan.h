@@ -72,7 +72,6 @@ struct PassPlan {
 
 constexpr int64_t kMostTiles = 24;
 constexpr int64_t kMostTaps = 64;
-constexpr int64_t kFewestTileChannels = 8;  // of outputs, which are the lanes of vectors
 
 /// Taps along an axis that a run of `run` outputs needs, on average.
 inline double mean_live_taps(int64_t size, int64_t kernel, int64_t dilation, int64_t run) {
