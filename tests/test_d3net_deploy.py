@@ -43,7 +43,7 @@ def _inputs(net: nn.Module) -> tuple[Tensor, Tensor, dict[int, object]]:
     return torch.rand(2, 3, 64, 96), torch.rand(3, 3, 71, 101), dims
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_without_graph_breaks(case: str, training: bool) -> None:
     """In float64, since the gradients of a training step amplify float32 noise."""
