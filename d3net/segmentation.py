@@ -29,8 +29,8 @@ class BackboneConfig:
     growth_rate: k. num_blocks: M, D2 blocks in a D3 block. num_layers: L, layers in a D2 block.
     compression: c, None for none. feature_channels: widths of the four features, finest first.
     always_bottleneck: a bottleneck before every D2 block. bias: of bottlenecks and D2 layers;
-    DenseNet-BC has the former and not the latter. dilation: "multi", or
-    the ablations "standard" and "none". norm: "per_source", or "per_layer" (eq. 1 and 2 literally).
+    DenseNet-BC has the former and not the latter. dilation: "multi", or the ablations "standard"
+    and "none". norm: "per_source", or "per_layer" (eq. 1 and 2 literally).
     """
 
     growth_rate: int
@@ -51,6 +51,8 @@ class BackboneConfig:
         positive_ints("feature_channels", self.feature_channels)
         made = self.growth_rate * self.num_layers
         c = self.compression
+        if not isinstance(c, (int, float, type(None))):
+            raise TypeError(f"compression is {c!r}; accepted is a number below 1, or None")
         if c is not None and not (c < 1 and int(made * c) >= 1):
             raise ValueError(
                 f"compression is {c} of k L = {made} channels; accepted are numbers below 1 that "
@@ -102,6 +104,7 @@ class D3NetBackbone(Pretrained):
 
     Raises:
         ValueError: the images are not (N, in_channels, H, W) with H and W of at least 29.
+        TypeError: they are no floating-point numbers.
     """
 
     Config = BackboneConfig
@@ -164,7 +167,7 @@ class SegmentationNet(Pretrained):
     Logits in training and evaluation alike. H and W are at least 29, odd ones included.
 
     Raises:
-        ValueError: as :class:`D3NetBackbone`.
+        ValueError, TypeError: as :class:`D3NetBackbone`.
     """
 
     Config = SegmentationConfig
@@ -212,6 +215,11 @@ def check_images(images: Tensor, channels: int, training: bool) -> None:
     if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(
             f"images has shape {tuple(images.shape)}; accepted is (N, {channels}, H, W)"
+        )
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images is of {images.dtype}; accepted are floating-point numbers, normalised as for "
+            "training"
         )
     n, _, height, width = images.shape
     if height < SMALLEST or width < SMALLEST:

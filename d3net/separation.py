@@ -18,6 +18,14 @@ from d3net.blocks import Dilation, Norm, NormConv, SumD3Block, Upsample, d2_core
 from d3net.pretrained import Pretrained
 from d3net_kernels.checks import positive_int, positive_ints
 
+SEPARATION_SIZES = (
+    "final_growth_rate",
+    "final_layers",
+    "gate_kernel",
+    "channels",
+    "bins",
+    "modelled_bins",
+)
 SCALE_FLOOR = 1e-4  # of the largest deviation, so that silent bins are not blown up
 
 
@@ -74,6 +82,12 @@ class SeparationConfig:
     norm: Norm = "per_source"
 
     def __post_init__(self) -> None:
+        for name in ("low", "high", "full"):
+            band = getattr(self, name)
+            if not isinstance(band, BandConfig):
+                raise TypeError(f"{name} is {band!r}; accepted is a BandConfig")
+        for name in SEPARATION_SIZES:
+            positive_int(name, getattr(self, name))
         for name, width, band in (
             ("split", self.split, self.low),
             ("modelled_bins - split", self.modelled_bins - self.split, self.high),
@@ -169,6 +183,7 @@ class SeparationNet(Pretrained):
 
     Raises:
         ValueError: the magnitudes have another shape.
+        TypeError: they are no floating-point numbers.
     """
 
     Config = SeparationConfig
@@ -257,6 +272,8 @@ def check_magnitudes(magnitudes: Tensor, config: SeparationConfig) -> None:
             f"magnitudes has shape {tuple(magnitudes.shape)}; accepted is "
             f"(N, {channels}, T, {bins}): channels, frames, bins"
         )
+    if not magnitudes.is_floating_point():
+        raise TypeError(f"magnitudes is of {magnitudes.dtype}; accepted are floating-point numbers")
     frames = magnitudes.shape[2]
     if frames < step or frames % step != 0:
         raise ValueError(

@@ -106,7 +106,7 @@ def read_h5(path: str | Path) -> dict[str, Array]:
     """
     h5py = _h5py()
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing; accepted is an official .h5 file")
+        raise FileNotFoundError(f"there is no file {path}; accepted is an official .h5 file")
     arrays: dict[str, Array] = {}
 
     def visit(name: str, item: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -28,13 +29,8 @@ class Tolerance(NamedTuple):
     value: float
     grad: float
 
-    def of_value(self, file: str, mode: str) -> float:
-        return TINY_TRAIN if (file, mode) == ("seg_tiny", "train") else self.value
-
 
 NOISE = 1e-5  # of the largest gradient: what is smaller is zero but for rounding
-# Batch statistics of 12 values: the official logits are 8e-6 from float64 themselves, ours 3e-6.
-TINY_TRAIN = 2e-5
 CORE = Tolerance(2e-6, 5e-6)
 AUDIO = Tolerance(5e-6, 5e-5)
 IMAGE = Tolerance(1e-5, 1e-4)
@@ -147,10 +143,18 @@ def test_small(file: str, mode: str) -> None:
     golden.fill(named)
     model.train(mode == "train")
     x = golden["in/x"].requires_grad_()
-    out, value = model(x), tolerance.of_value(file, mode)
+    in_float64 = copy.deepcopy(model).double()
+    out, expected = model(x), golden[f"out/{mode}"]
     if file == "seg_tiny" and mode == "eval":
         out = out.softmax(1)  # as the official network does in evaluation
-    assert _error(out.detach(), golden[f"out/{mode}"]) <= value
+    result = out.detach()
+    if file == "seg_tiny" and mode == "train":
+        # Batch statistics of 12 values amplify rounding: the official logits are 8e-6 away from
+        # float64. So float64 is held to them, and float32 to float64, as near as they are.
+        truth = in_float64(x.double()).detach()
+        assert _error(result, truth) <= _error(expected, truth)
+        result = truth
+    assert _error(result, expected) <= tolerance.value
     (out * golden.loss_weights(out)).sum().backward()
     assert _error(x.grad, golden[f"grad_{mode}/x"]) <= tolerance.grad
     grads = {name: golden[f"grad_{mode}/{name}"] for name, o in named.items() if o.need_grad}
@@ -165,9 +169,9 @@ def test_small(file: str, mode: str) -> None:
             assert float(difference) <= tolerance.grad * scale, name
         elif mode == "train":
             expected = golden[f"stat_after_train/{name}"]
-            assert _error(official.tensor, expected) <= value, name
+            assert _error(official.tensor, expected) <= tolerance.value, name
     if "mid/dense" in golden and mode == "eval":
-        assert _error(model.d3(x.detach()).detach(), golden["mid/dense"]) <= value
+        assert _error(model.d3(x.detach()).detach(), golden["mid/dense"]) <= tolerance.value
 
 
 class Watch:

@@ -1,18 +1,16 @@
-"""The networks among torch's tools: memory layouts, autocast, checkpointing, compile, export."""
+"""The networks among torch's tools: memory layouts, autocast, checkpointing."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TypeAlias
 
 import pytest
 import torch
 from test_d3net_models import TINY, TINY_AUDIO
 from torch import Tensor, nn
-from torch.export import Dim
 
 import d3net
 import d3net_kernels as dk
@@ -21,21 +19,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:d3net_kernels runs on plain torc
 
 FLOAT64 = 1e-9  # relative error of a training step in float64, which amplifies rounding
 NAMES = ("d3net_s", "d3net_s_fcn", "d3net_l_ocr", "d3net_vocals")
-# From 61 pixels a side the coarsest scale has two, and torch sees no special case of one.
-IMAGE_DIMS = {0: Dim("n"), 2: Dim("h", min=61), 3: Dim("w", min=61)}
-SHAPES = {
-    "image": ((2, 3, 64, 96), (3, 3, 71, 101), IMAGE_DIMS),
-    "audio": ((2, 2, 16, 30), (3, 2, 24, 30), {0: Dim("n"), 2: 4 * Dim("t")}),
-}
-
-
-def _kind(name: str) -> str:
-    return "audio" if name == "d3net_vocals" else "image"
 
 
 def _net(name: str, **options: object) -> nn.Module:
-    """Small, and with parameters on all of which the result depends, as after some training."""
-    net = d3net.create_model(name, **(TINY_AUDIO if _kind(name) == "audio" else TINY), **options)
+    audio = name == "d3net_vocals"
+    return randomised(d3net.create_model(name, **(TINY_AUDIO if audio else TINY), **options))
+
+
+def randomised(net: nn.Module) -> nn.Module:
+    """With parameters on all of which the result depends, as after some training."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -49,13 +41,11 @@ def _net(name: str, **options: object) -> nn.Module:
     return net
 
 
-def _inputs(name: str) -> tuple[Tensor, Tensor]:
-    """For tracing, and of other sizes for checking what was traced."""
-    first, second, _ = SHAPES[_kind(name)]
-    return torch.rand(first), torch.rand(second)
+def _input(name: str) -> Tensor:
+    return torch.rand((2, 2, 16, 30) if name == "d3net_vocals" else (2, 3, 64, 96))
 
 
-def _flat(outputs: Tensor | list[Tensor]) -> Tensor:
+def flat(outputs: Tensor | list[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in ([outputs] if isinstance(outputs, Tensor) else outputs)])
 
 
@@ -63,13 +53,13 @@ Results: TypeAlias = tuple[Tensor | list[Tensor], ...]
 
 
 def _output(net: nn.Module, x: Tensor) -> Results:
-    return (_flat(net(x)).detach(),)
+    return (flat(net(x)).detach(),)
 
 
-def _step(net: nn.Module, x: Tensor) -> Results:
+def step(net: nn.Module, x: Tensor) -> Results:
     """Outputs, then the input's and all parameters' gradients, of a loss with fixed weights."""
     x = x.clone().requires_grad_()
-    out = _flat(net(x))
+    out = flat(net(x))
     (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype)).sum().backward()
     grads = [p.grad for p in (x, *net.parameters()) if p.grad is not None]
     return out.detach(), grads
@@ -93,7 +83,7 @@ def _error_ratios(
     """
     logarithms = []
     for _ in range(draws):
-        net, x = _net(name).train(training), _inputs(name)[0]
+        net, x = _net(name).train(training), _input(name)
         truth = compute(copy.deepcopy(net).double(), x.double())
         net.to(memory_format=memory_format)
         x = x.contiguous(memory_format=memory_format)
@@ -101,15 +91,15 @@ def _error_ratios(
         for backend in (nullcontext(), dk.use_backend("reference")):
             with backend, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 results = compute(copy.deepcopy(net), x)
-            errors.append(_errors(results, truth))
+            errors.append(errors(results, truth))
         ours, plain = errors
         logarithms.append((ours / (plain + torch.finfo(torch.float32).eps)).log())
     return torch.stack(logarithms).mean(0).exp()
 
 
-def _errors(results: Results, expected: Results) -> Tensor:
+def errors(results: Results, expected: Results) -> Tensor:
     """Relative, in L2, one for each result."""
-    pairs = [(_flat(a).double(), _flat(b)) for a, b in zip(results, expected, strict=True)]
+    pairs = [(flat(a).double(), flat(b)) for a, b in zip(results, expected, strict=True)]
     return torch.stack([(a - b).norm() / b.norm() for a, b in pairs])
 
 
@@ -134,12 +124,12 @@ def test_channels_last(name: str, training: bool, draws: int) -> None:
 def test_channels_last_gradients(name: str, training: bool) -> None:
     """In float64: where a ReLU takes the other branch by a float32 rounding, gradients jump."""
     net = _net(name).train(training).double()
-    x = _inputs(name)[0].double()
+    x = _input(name).double()
     with dk.use_backend("reference"):
-        expected = _step(copy.deepcopy(net), x)
+        expected = step(copy.deepcopy(net), x)
     net.to(memory_format=torch.channels_last)
-    results = _step(net, x.contiguous(memory_format=torch.channels_last))
-    assert _errors(results, expected).max() <= FLOAT64
+    results = step(net, x.contiguous(memory_format=torch.channels_last))
+    assert errors(results, expected).max() <= FLOAT64
 
 
 @pytest.mark.parametrize(("name", "training", "draws"), RUNS)
@@ -151,7 +141,7 @@ def test_bfloat16_autocast(name: str, training: bool, draws: int) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["d3net_s_fcn", "d3net_vocals"])
 def test_bfloat16_autocast_gradients(name: str, training: bool) -> None:
-    ratios = _error_ratios(name, training, _step, draws=16, autocast=True)
+    ratios = _error_ratios(name, training, step, draws=16, autocast=True)
     assert ratios.max() <= NO_WORSE
 
 
@@ -163,7 +153,7 @@ def test_checkpointing(name: str, dilation: str, autocast: bool) -> None:
     nets = [_net(name, dilation=dilation)]
     nets.append(copy.deepcopy(nets[0]))
     nets[1].set_grad_checkpointing()
-    x = _inputs(name)[0]
+    x = _input(name)
     results, kept = [], []
     for net in nets:
         saved: dict[int, int] = {}
@@ -179,7 +169,7 @@ def test_checkpointing(name: str, dilation: str, autocast: bool) -> None:
             net(x)
         kept.append(sum(saved.values()))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            results.append(_step(net, x))
+            results.append(step(net, x))
     assert kept[1] < kept[0]
     torch.testing.assert_close(results[0], results[1])
     for (key, a), b in zip(
@@ -189,49 +179,4 @@ def test_checkpointing(name: str, dilation: str, autocast: bool) -> None:
     nets[1].set_grad_checkpointing(False)
     nets[1].zero_grad()
     nets[0].zero_grad()
-    torch.testing.assert_close(_step(nets[0], x), _step(nets[1], x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", NAMES)
-def test_compiles_without_graph_breaks(name: str, training: bool) -> None:
-    """In float64, since the gradients of a training step amplify float32 noise."""
-    net = _net(name).train(training).double()
-    other = copy.deepcopy(net)
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    x = _inputs(name)[0].double()
-    assert _errors(_step(compiled, x), _step(net, x)).max() <= FLOAT64
-    for a, b in zip(net.buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_exports_with_dynamic_sizes(name: str) -> None:
-    net = _net(name).eval()
-    x, other = _inputs(name)
-    program = torch.export.export(net, (x,), dynamic_shapes=(SHAPES[_kind(name)][2],))
-    torch.testing.assert_close(program.module()(other), net(other))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_onnx_without_custom_operators(name: str, tmp_path: Path) -> None:
-    """Through the reference backend, which is plain convolutions; checked at another size."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'd3net-kernels[export]'")
-    pytest.importorskip("onnxscript", reason="pip install 'd3net-kernels[export]'")
-    net = _net(name).eval()
-    x, other = _inputs(name)
-    with dk.use_backend("reference"):
-        program = torch.onnx.export(
-            net, (x,), dynamo=True, dynamic_shapes=(SHAPES[_kind(name)][2],), verbose=False
-        )
-    path = str(tmp_path / "net.onnx")
-    program.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    outputs = session.run(None, {session.get_inputs()[0].name: other.numpy()})
-    assert {node.domain for node in program.model.graph} <= {"", "pkg.onnxscript.torch_lib"}
-    torch.testing.assert_close(
-        _flat([torch.from_numpy(out) for out in outputs]), _flat(net(other)), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(step(nets[0], x), step(nets[1], x))

@@ -301,7 +301,10 @@ class TestInitialisation:
             "no network for images",
         ),
         (lambda: d3net.create_model("d3net_s", weights="a.pt"), ValueError, ".h5 and .safetensors"),
-        (lambda: d3net.create_model("d3net_s", weights="a.h5"), FileNotFoundError, "a.h5 is miss"),
+        (lambda: d3net.create_model("d3net_s", weights="a.h5"), FileNotFoundError, "no file a.h5"),
+        (lambda: d3net.create_model("d3net_s", compression="a"), TypeError, "compression is 'a'"),
+        (lambda: d3net.create_model("d3net_bass", low=3), TypeError, "accepted is a BandConfig"),
+        (lambda: d3net.create_model("d3net_bass", channels=0), ValueError, "channels is 0"),
         (lambda: d3net.BandConfig(8, (2, 2), (1, 1)), ValueError, "odd numbers"),
         (lambda: d3net.SegmentationNet(BAND), TypeError, "SegmentationConfig"),
     ],
@@ -340,12 +343,23 @@ def test_refused_magnitudes(shape: tuple[int, ...], message: str) -> None:
     _assert_refused(d3net.create_model("d3net_vocals", **TINY_AUDIO), torch.rand(shape), message)
 
 
-def _assert_refused(net: nn.Module, x: Tensor, message: str) -> None:
+def _assert_refused(
+    net: nn.Module, x: Tensor, message: str, error: type[Exception] = ValueError
+) -> None:
     """With the running statistics as they were."""
     before = {name: t.clone() for name, t in net.state_dict().items()}
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message)):
         net.train()(x)
     assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [("d3net_s_fcn", TINY, (2, 3, 64, 64)), ("d3net_vocals", TINY_AUDIO, (2, 2, 16, 30))],
+)
+def test_refused_integers(name: str, options: dict[str, object], shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape, dtype=torch.uint8)
+    _assert_refused(d3net.create_model(name, **options), x, "accepted are floating", TypeError)
 
 
 def test_frames_are_multiples_of_16() -> None:

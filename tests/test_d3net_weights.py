@@ -241,7 +241,7 @@ def test_convert(official_bass: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         (["{bass}", "a.pt"], ".h5 to .pt is no conversion"),
-        (["none.h5", "a.safetensors"], "none.h5 is missing"),
+        (["none.h5", "a.safetensors"], "there is no file none.h5"),
         (["none.safetensors", "a.h5"], "none.safetensors is missing"),
         (["{bass}", "a.safetensors", "--model", "d3net_drums"], "nothing of this model"),
         (["{bass}", "a.safetensors", "--model", "d3net_base"], "nearest are d3net_bass"),
