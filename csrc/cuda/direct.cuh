@@ -121,7 +121,8 @@ class Tile {
           sums[2 * j] += gradient * x;
           sums[2 * j + 1] += gradient;
         }
-        if (c.out.data) store<T>(c.out, at_[i], k, scale ? gradient * scale[c.channel + k] : gradient);
+        if (c.out.data)
+          store<T>(c.out, at_[i], k, scale ? gradient * scale[c.channel + k] : gradient);
       }
     }
     if (!p_.partial) return;
@@ -145,8 +146,8 @@ class Tile {
       any |= live[i];
     }
     if (!any) return;
-    const int64_t padded = (convolution_->out_channels + kDirectOutputs - 1) / kDirectOutputs *
-                           kDirectOutputs;
+    const int64_t padded =
+        (convolution_->out_channels + kDirectOutputs - 1) / kDirectOutputs * kDirectOutputs;
     const int64_t taps = p_.kernel_h * p_.kernel_w;
     const A* weights = static_cast<const A*>(p_.weights) + convolution_->packed +
                        (channel * taps + tap_h * p_.kernel_w + tap_w) * padded + first_output_;
@@ -158,8 +159,8 @@ class Tile {
         if (!live[i]) continue;  // the padding is zero after psi
         value[i] = widen(from[i][c * source.x.stride_c]);
         if constexpr (!kBackward)
-          value[i] = psi(value[i], static_cast<const A*>(p_.scale),
-                         static_cast<const A*>(p_.shift), channel + c, p_.relu);
+          value[i] = psi(value[i], static_cast<const A*>(p_.scale), static_cast<const A*>(p_.shift),
+                         channel + c, p_.relu);
       }
 #pragma unroll
       for (int j = 0; j < kDirectOutputs; ++j) {
@@ -294,7 +295,8 @@ __device__ inline void backward_weight(const WeightGradient& p) {
     for (int j = 0; j < kGradientOutputs; ++j)
       if (static_cast<int>(threadIdx.x) == t * kGradientOutputs + j && wanted[t] &&
           first_output + j < p.out_channels)
-        to[(first_output + j) * columns + (is_bias ? columns - 1 : channel * taps + first_tap + t)] =
+        to[(first_output + j) * columns +
+           (is_bias ? columns - 1 : channel * taps + first_tap + t)] =
             total[t * kGradientOutputs + j];
 }
 

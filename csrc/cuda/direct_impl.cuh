@@ -3,16 +3,16 @@
 
 #include "direct.cuh"
 
-#define D3NET_DIRECT_KERNELS(T, NAME)                                                            \
-  extern "C" __global__ void __launch_bounds__(d3net::cuda::kDirectThreads, 2)                   \
-      direct_forward_##NAME(const __grid_constant__ d3net::cuda::Convolve p) {                  \
-    d3net::cuda::direct::forward<T>(p);                                                         \
-  }                                                                                              \
-  extern "C" __global__ void __launch_bounds__(d3net::cuda::kDirectThreads, 2)                   \
-      direct_backward_data_##NAME(const __grid_constant__ d3net::cuda::Convolve p) {            \
-    d3net::cuda::direct::backward_data<T>(p);                                                   \
-  }                                                                                              \
-  extern "C" __global__ void __launch_bounds__(d3net::cuda::kDirectThreads, 2)                   \
-      direct_backward_weight_##NAME(const __grid_constant__ d3net::cuda::WeightGradient p) {    \
-    d3net::cuda::direct::backward_weight<T>(p);                                                 \
+#define D3NET_DIRECT_KERNELS(T, NAME)                                                        \
+  extern "C" __global__ void __launch_bounds__(d3net::cuda::kDirectThreads, 2)               \
+      direct_forward_##NAME(const __grid_constant__ d3net::cuda::Convolve p) {               \
+    d3net::cuda::direct::forward<T>(p);                                                      \
+  }                                                                                          \
+  extern "C" __global__ void __launch_bounds__(d3net::cuda::kDirectThreads, 2)               \
+      direct_backward_data_##NAME(const __grid_constant__ d3net::cuda::Convolve p) {         \
+    d3net::cuda::direct::backward_data<T>(p);                                                \
+  }                                                                                          \
+  extern "C" __global__ void __launch_bounds__(d3net::cuda::kDirectThreads, 2)               \
+      direct_backward_weight_##NAME(const __grid_constant__ d3net::cuda::WeightGradient p) { \
+    d3net::cuda::direct::backward_weight<T>(p);                                              \
   }

@@ -1,4 +1,5 @@
-// How the work is cut: pure functions of (shape, dtype, architecture), free of CUDA, for unit tests.
+// How the work is cut: pure functions of (shape, dtype, architecture), free of CUDA, for unit
+// tests.
 #pragma once
 
 #include <algorithm>

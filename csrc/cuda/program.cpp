@@ -31,8 +31,8 @@ const Entry* upload(Device& device, const std::vector<Entry>& table) {
   const int64_t words = static_cast<int64_t>(table.size() * sizeof(Entry) / 4);
   auto* to = static_cast<uint32_t*>(device.allocate(words * 4));
   for (int64_t done = 0; done < words; done += Upload::kWords) {
-    Upload piece{to + done, static_cast<int32_t>(std::min<int64_t>(words - done, Upload::kWords)),
-                 {}};
+    Upload piece{
+        to + done, static_cast<int32_t>(std::min<int64_t>(words - done, Upload::kWords)), {}};
     std::memcpy(piece.data, reinterpret_cast<const char*>(table.data()) + done * 4,
                 static_cast<size_t>(piece.words) * 4);
     launch(device, "upload_table", 1, kThreads, piece);
@@ -57,8 +57,8 @@ const void* widened(Device& device, const Vector& v, DType problem, int64_t size
 
 Weight weight_from_channel(const Problem& p, int64_t channel) {
   Weight part = p.weight;
-  part.data = static_cast<const char*>(part.data) +
-              channel * part.stride_c * element_bytes(p.dtype);
+  part.data =
+      static_cast<const char*>(part.data) + channel * part.stride_c * element_bytes(p.dtype);
   return part;
 }
 
