@@ -126,9 +126,7 @@ class Program:
         gradient = aligned(p.grad_output.detach())
         view = _view(gradient)
         if needed & {"scale", "shift"} or any(name.startswith("inputs") for name in needed):
-            grads = [
-                _nan_like(x.shape, x) if x.requires_grad else x.new_empty(0) for x in p.inputs
-            ]
+            grads = [_nan_like(x.shape, x) if x.requires_grad else x.new_empty(0) for x in p.inputs]
             views = (_View * len(grads))(*(_view(g) if g.numel() else _View() for g in grads))
             sums = _Coefficients()
             if p.scale is not None:
@@ -156,14 +154,9 @@ class Program:
         inputs = [aligned(x.detach()) for x in p.inputs]
         weight = aligned(p.weight.detach())
         sources = (_Source * len(inputs))(
-            *(
-                _Source(_view(x), x.shape[1], *d)
-                for x, d in zip(inputs, p.dilations, strict=True)
-            )
+            *(_Source(_view(x), x.shape[1], *d) for x, d in zip(inputs, p.dilations, strict=True))
         )
-        vectors = [
-            None if t is None else aligned(t.detach()) for t in (p.scale, p.shift, p.bias)
-        ]
+        vectors = [None if t is None else aligned(t.detach()) for t in (p.scale, p.shift, p.bias)]
         n, _, h, w = inputs[0].shape
         problem = _Problem(
             _DTYPES.index(inputs[0].dtype),
