@@ -105,7 +105,8 @@ def extension_arguments() -> dict[str, Any]:
                 raise BinaryUnavailableError(f"the C++ build failed ({error})") from error
 
         def build_extensions(self) -> None:
-            both, self.extensions = self.extensions, [binary]
+            both: list[Any] = self.extensions
+            self.extensions = [binary]
             super().build_extensions()
             if len(both) > 1:
                 try:

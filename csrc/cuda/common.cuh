@@ -2,6 +2,7 @@
 // second stage of every sum. Small work, so dtypes are told apart at run time.
 #pragma once
 
+#include "geometry.h"
 #include "numbers.cuh"
 #include "params.h"
 
@@ -38,6 +39,39 @@ __device__ inline void pack(const Pack& p) {
            k < c->out_channels ? load_as(p.dtype, w.data, from) : 0.0);
 }
 
+/// One element of the weights a thread; the first ones also write a coefficient of psi.
+__device__ inline void pack_chunks(const PackChunks& p) {
+  const int64_t i = thread_index();
+  const int outputs = 8 * p.tiles;
+  const int64_t of_chunk = int64_t{9} * 2 * 8 * outputs;
+  if (i >= p.num_chunks * of_chunk) return;
+  {
+    const Chunk& chunk = p.chunks[i / of_chunk];
+    const int local = static_cast<int>(i % of_chunk);
+    const int c = local % 8 + local / 8 / outputs % 2 * 8, k = local / 8 % outputs;
+    const int tap = local / 8 / outputs / 2;
+    const Weight& w = chunk.weight;
+    const bool there = k < chunk.outputs && c < chunk.channels;
+    store_as(p.dtype, p.weights, i,
+             there ? load_as(p.dtype, w.data,
+                             k * w.stride_k + c * w.stride_c + tap / 3 * w.stride_h +
+                                 tap % 3 * w.stride_w)
+                   : 0.0);
+  }
+  if (i >= p.num_chunks * 32) return;
+  const Chunk& chunk = p.chunks[i / 32];
+  const int local = static_cast<int>(i % 32);
+  const int c = local % 8 + local / 16 * 8;
+  const bool is_shift = local / 8 % 2;
+  double value = 0;  // channels that are not there must stay zero
+  if (c < chunk.channels) {
+    const Vector& v = is_shift ? p.shift : p.scale;
+    const bool given = v.data && chunk.channel >= 0;
+    value = given ? load_as(v.dtype, v.data, (chunk.channel + c) * v.stride) : is_shift ? 0.0 : 1.0;
+  }
+  p.coefficients[i] = static_cast<float>(value);
+}
+
 __device__ inline double partial_at(const void* partial, bool from_double, int64_t i) {
   return load_as(from_double ? DType::float64 : DType::float32, partial, i);
 }
@@ -63,22 +97,22 @@ __device__ inline void finish(const Finish& p) {
     store_as(to.dtype, to.data, (is_last ? row : row * (p.columns - 1) + local) * to.stride, sum);
 }
 
-/// One warp a channel: the mean first, then the squares about it from those about each tile's own.
+/// One warp a channel: the mean first, then the squares about it from those about each part's own.
 __device__ inline void finish_moments(const FinishMoments& p) {
   const int64_t channel = thread_index() / 32;
   if (channel >= p.channels) return;
   const int lane = threadIdx.x % 32;
-  auto at = [&](int64_t tile, int i) {
-    return partial_at(p.partial, p.from_double, (tile * p.channels + channel) * 2 + i);
+  auto at = [&](int64_t part, int i) {
+    return partial_at(p.partial, p.from_double, (part * p.channels + channel) * 3 + i);
   };
   double sum = 0, squares = 0;
-  for (int64_t tile = lane; tile < p.tiles; tile += 32) sum += at(tile, 0);
+  for (int64_t part = lane; part < p.parts; part += 32) sum += at(part, 0);
   const double mean = warp_sum(sum) / static_cast<double>(p.pixels);
-  for (int64_t tile = lane; tile < p.tiles; tile += 32) {
-    const int64_t left = p.pixels - tile * p.tile_pixels;
-    const double count = static_cast<double>(left < p.tile_pixels ? left : p.tile_pixels);
-    const double distance = at(tile, 0) / count - mean;
-    squares += at(tile, 1) + count * distance * distance;
+  for (int64_t part = lane; part < p.parts; part += 32) {
+    const double count = at(part, 2);
+    if (count == 0) continue;
+    const double distance = at(part, 0) / count - mean;
+    squares += at(part, 1) + count * distance * distance;
   }
   const double variance = warp_sum(squares) / static_cast<double>(p.pixels);
   if (lane > 0) return;

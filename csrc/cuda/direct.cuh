@@ -129,7 +129,7 @@ class Tile {
     __shared__ A by_warp[kWarps][2 * kDirectOutputs];
     A total[2 * kDirectOutputs];
     block_sums(sums, by_warp, total);
-    write_partial(c.channel, total);
+    write_partial<2>(c.channel, total);
   }
 
  private:
@@ -171,10 +171,11 @@ class Tile {
     }
   }
 
-  /// (sum, sum of squares about this tile's own mean): no mean, however large, cancels a variance.
+  /// (sum, sum of squares about this tile's own mean, count): no mean, however large, cancels a
+  /// variance.
   __device__ void write_moments() {
     __shared__ A by_warp[kWarps][kDirectOutputs];
-    A sums[kDirectOutputs] = {}, squares[kDirectOutputs] = {}, total[2 * kDirectOutputs];
+    A sums[kDirectOutputs] = {}, squares[kDirectOutputs] = {}, total[3 * kDirectOutputs];
     A totals[kDirectOutputs], total_squares[kDirectOutputs];
     const int64_t pixels = p_.batch * p_.height * p_.width - pixel_tile() * kDirectTile;
     const A count = static_cast<A>(pixels < kDirectTile ? pixels : kDirectTile);
@@ -193,19 +194,22 @@ class Tile {
     block_sums(squares, by_warp, total_squares);
 #pragma unroll
     for (int j = 0; j < kDirectOutputs; ++j) {
-      total[2 * j] = totals[j];
-      total[2 * j + 1] = total_squares[j];
+      total[3 * j] = totals[j];
+      total[3 * j + 1] = total_squares[j];
+      total[3 * j + 2] = count;
     }
-    write_partial(0, total);
+    write_partial<3>(0, total);
   }
 
-  __device__ void write_partial(int64_t channel, const A (&values)[2 * kDirectOutputs]) {
+  /// kCount values of every output of the tile.
+  template <int kCount>
+  __device__ void write_partial(int64_t channel, const A (&values)[kCount * kDirectOutputs]) {
     A* to = static_cast<A*>(p_.partial) +
-            (pixel_tile() * p_.partial_channels + channel + first_output_) * 2;
+            (pixel_tile() * p_.partial_channels + channel + first_output_) * kCount;
     const int64_t channels = convolution_->out_channels - first_output_;
 #pragma unroll
-    for (int i = 0; i < 2 * kDirectOutputs; ++i)
-      if (static_cast<int>(threadIdx.x) == i && i < 2 * channels) to[i] = values[i];
+    for (int i = 0; i < kCount * kDirectOutputs; ++i)
+      if (static_cast<int>(threadIdx.x) == i && i < kCount * channels) to[i] = values[i];
   }
 
   const Convolve& p_;

@@ -70,7 +70,7 @@ def _toolkit_for(torch: Any) -> Path:
 
 def _all_archs(home: Path) -> str:
     """Every architecture of ARCHS that this nvcc knows, and PTX for later ones."""
-    nvcc = [home / "bin" / "nvcc", "--list-gpu-code"]
+    nvcc = [str(home / "bin" / "nvcc"), "--list-gpu-code"]
     known = subprocess.run(nvcc, capture_output=True, text=True, check=True).stdout.split()
     return ";".join(arch for arch in ARCHS if "sm_" + arch.replace(".", "") in known) + "+PTX"
 

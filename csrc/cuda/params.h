@@ -62,7 +62,7 @@ struct Convolve {
   bool relu;
   int64_t batch, height, width;
   int64_t kernel_h, kernel_w;
-  void* partial;             // [tile of pixels][channels][2] or null; see direct.cuh
+  void* partial;             // [tile of pixels][channels][3 forward, 2 backward] or null
   int64_t partial_channels;  // of all convolutions
 };
 
@@ -89,11 +89,11 @@ struct Finish {
   Vector last;  // the last column
 };
 
-/// Second stage of the moments: (sum, sum of squares about the tile's mean) of every tile.
+/// Second stage of the moments: (sum, sum of squares about the part's own mean, count) of parts.
 struct FinishMoments {
-  const void* partial;  // [tile][channel][2], double or float
+  const void* partial;  // [part][channel][3], double or float
   bool from_double;
-  int64_t tiles, tile_pixels, pixels, channels;
+  int64_t parts, pixels, channels;
   Vector mean, variance;
 };
 
