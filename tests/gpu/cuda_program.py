@@ -1,13 +1,12 @@
-"""Runs the operations of csrc/cuda/program.cpp on CPU tensors, the launches through a callback.
-
-The host code is compiled as it is; what a launch does is up to the caller: record it, or execute
-the kernel's PTX.
+"""Runs the operations of csrc/cuda on CPU tensors: the host program compiled as it is, its kernels
+by executing their PTX.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,15 @@ from torch import Tensor
 from d3net_kernels import _layout
 from d3net_kernels.numerics import Problem
 
-# kernel, blocks, threads of a block, dynamic shared memory in bytes, address of the arguments,
-# their size in bytes
-Launch = Callable[[str, int, int, int, int, int], None]
+from .counters import Counters
+from .module import Module, load
+from .toolchain import cached, compile_ptx, digest, host_compiler, run
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+# kernel, blocks, threads of a block, bytes of dynamic shared memory, the bytes of its parameter,
+# the memory it may touch
+Launch = Callable[[str, int, int, int, bytes, Mapping[str, Tensor]], None]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # order of enum DType
 _ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64)
@@ -62,7 +67,7 @@ _Vector = _struct("Vector", data=_pointer, stride=_int64, dtype=ctypes.c_int)
 _Coefficients = _struct("Coefficients", scale=_Vector, shift=_Vector, bias=_Vector)
 _Moments = _struct("Moments", mean=_Vector, variance=_Vector)
 _Arch = _struct("Arch", capability=ctypes.c_int, multiprocessors=ctypes.c_int)
-_Call = _struct(
+_CallStruct = _struct(
     "Call",
     problem=_Problem,
     coefficients=_Coefficients,
@@ -72,33 +77,78 @@ _Call = _struct(
 )
 
 
-def aligned_nan(bytes_: int) -> Tensor:
+def _nan_bytes(size: int) -> Tensor:
     """Memory as cudaMalloc aligns it, every byte 0xff: NaN in every floating dtype."""
-    memory = torch.full((bytes_ + 256,), 0xFF, dtype=torch.uint8)
+    memory = torch.full((size + 256,), 0xFF, dtype=torch.uint8)
     start = -memory.data_ptr() % 256
-    return memory[start : start + bytes_]
+    return memory[start : start + size]
 
 
-def aligned(t: Tensor) -> Tensor:
-    """A copy with the same values, strides and memory around it, aligned as torch does on CUDA."""
-    if t.numel() == 0:
-        return t
-    size = t.element_size()
-    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    memory = aligned_nan(span * size).view(t.dtype)
-    whole = memory.as_strided(t.shape, t.stride())
-    # Overlapping elements (expanded tensors) hold equal values, so that their order is no matter.
-    memory.copy_(t.as_strided((span,), (1,)))
-    return whole
+@functools.cache
+def _compiled_program() -> Path:
+    sources = [CSRC / "cuda" / "program.cpp", Path(__file__).with_name("cuda_program.cpp")]
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{CSRC}"]
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h")]
+    compiler = host_compiler()
+    key = digest([compiler, *flags], [*sources, *headers])
+
+    def compile_(out: Path) -> None:
+        run([compiler, *flags, *sources, "-o", out])
+
+    return cached(f"cuda-program-{key}.so", compile_)
+
+
+@functools.cache
+def module_of(kernel: str, arch: str = "sm_80") -> Module:
+    """The PTX of the instantiation file that holds `kernel`."""
+    return load(compile_ptx(source_of(kernel), arch, includes=[CSRC]))
+
+
+def source_of(kernel: str) -> Path:
+    """The instantiation file of a kernel: named after its dtype or tile."""
+    family, *rest = kernel.split("_")
+    if family == "direct":
+        return CSRC / "cuda" / f"direct_{rest[-1]}.cu"
+    if family == "tensor":
+        return CSRC / "cuda" / f"tensor_{rest[-2]}.cu"
+    return CSRC / "cuda" / "common.cu"
+
+
+class Executed:
+    """Executes launches on the PTX machine; keeps their counters by kernel."""
+
+    def __init__(self, arch: str = "sm_80", **options: Any) -> None:
+        self._arch, self._options = arch, options
+        self.counters: dict[str, Counters] = {}
+
+    def __call__(
+        self,
+        kernel: str,
+        blocks: int,
+        threads: int,
+        shared: int,
+        arguments: bytes,
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        counters = module_of(kernel, self._arch).launch(
+            kernel,
+            grid=(blocks,),
+            block=(threads,),
+            args=[arguments],
+            shared=shared,
+            buffers=buffers,
+            **self._options,
+        )
+        self.counters[kernel] = self.counters.get(kernel, Counters()) + counters
 
 
 class Program:
-    """The compiled host program, with what its launches do."""
+    """The host program csrc/cuda/program.cpp; `launch` executes or records what it launches."""
 
-    def __init__(self, library: Path, launch: Launch, capability: int = 80, sms: int = 4) -> None:
-        self._library = ctypes.CDLL(str(library))
+    def __init__(self, launch: Launch, capability: int = 80, multiprocessors: int = 4) -> None:
+        self._library = ctypes.CDLL(str(_compiled_program()))
         self._launch = launch
-        self._arch = _Arch(capability, sms)
+        self._arch = _Arch(capability, multiprocessors)
 
     def results(self, p: Problem, *, moments: bool = False) -> dict[str, Tensor]:
         """Output and needed gradients by name, as numerics.results_of gives them.
@@ -106,60 +156,24 @@ class Program:
         With `moments`, also "mean" and "variance" of the output.
         """
         with torch.no_grad():
-            return self._results(p, moments)
+            return _Call(self._library, self._launch, self._arch, p).results(moments)
 
-    def _results(self, p: Problem, moments: bool) -> dict[str, Tensor]:
-        keep: list[Any] = []  # whatever the call points to
-        call = self._call(p, keep)
-        needed = {name for name, t in p.tensors().items() if t.requires_grad}
-        n, _, h, w = p.inputs[0].shape
-        out = _nan_like((n, p.weight.shape[0], h, w), p.inputs[0])
-        statistics = [
-            aligned_nan(8 * p.weight.shape[0]).view(_layout.dtype_for(out))[: p.weight.shape[0]]
-            for _ in range(2 * moments)
-        ]
-        given = _Moments(*(_vector(t) for t in statistics)) if moments else _Moments()
-        self._library.program_forward(
-            ctypes.byref(call), ctypes.byref(_view(out)), ctypes.byref(given)
-        )
-        results = {"out": out} | dict(zip(("mean", "variance"), statistics, strict=False))
-        gradient = aligned(p.grad_output.detach())
-        view = _view(gradient)
-        if needed & {"scale", "shift"} or any(name.startswith("inputs") for name in needed):
-            grads = [_nan_like(x.shape, x) if x.requires_grad else x.new_empty(0) for x in p.inputs]
-            views = (_View * len(grads))(*(_view(g) if g.numel() else _View() for g in grads))
-            sums = _Coefficients()
-            if p.scale is not None:
-                scale, shift = (aligned(torch.full_like(p.scale, torch.nan)) for _ in range(2))
-                sums = _Coefficients(_vector(scale), _vector(shift), _Vector())
-                results |= {"grad scale": scale, "grad shift": shift}
-            self._library.program_backward_data(
-                ctypes.byref(call), ctypes.byref(view), views, ctypes.byref(sums)
-            )
-            results |= {f"grad inputs[{i}]": g for i, g in enumerate(grads)}
-        if needed & {"weight", "bias"}:
-            weight = aligned(torch.full(p.weight.shape, torch.nan, dtype=p.weight.dtype))
-            bias = aligned(torch.full((p.weight.shape[0],), torch.nan, dtype=p.weight.dtype))
-            self._library.program_backward_weight(
-                ctypes.byref(call),
-                ctypes.byref(view),
-                ctypes.c_void_p(weight.data_ptr()),
-                ctypes.c_void_p(bias.data_ptr()),
-            )
-            results |= {"grad weight": weight, "grad bias": bias}
-        extra = {"out", "mean", "variance"}
-        return {k: v for k, v in results.items() if k in extra or k.removeprefix("grad ") in needed}
 
-    def _call(self, p: Problem, keep: list[Any]) -> Any:
-        inputs = [aligned(x.detach()) for x in p.inputs]
-        weight = aligned(p.weight.detach())
+class _Call:
+    """One problem in memory as a GPU would hold it: aligned, and nothing else within reach."""
+
+    def __init__(self, library: Any, launch: Launch, arch: Any, p: Problem) -> None:
+        self._p, self._library = p, library
+        self._buffers: dict[str, Tensor] = {}
+        inputs = [self._placed(f"inputs[{i}]", x) for i, x in enumerate(p.inputs)]
+        weight = self._placed("weight", p.weight)
         sources = (_Source * len(inputs))(
             *(_Source(_view(x), x.shape[1], *d) for x, d in zip(inputs, p.dilations, strict=True))
         )
-        vectors = [None if t is None else aligned(t.detach()) for t in (p.scale, p.shift, p.bias)]
         n, _, h, w = inputs[0].shape
+        self._dtype = _DTYPES.index(inputs[0].dtype)
         problem = _Problem(
-            _DTYPES.index(inputs[0].dtype),
+            self._dtype,
             *(n, h, w),
             *weight.shape,
             sources,
@@ -167,23 +181,92 @@ class Program:
             _view(weight),
             _Psi(None, None, p.relu),
         )
+        vectors = [
+            _Vector() if t is None else _vector(self._placed(name, t))
+            for name, t in (("scale", p.scale), ("shift", p.shift), ("bias", p.bias))
+        ]
 
-        def allocate(bytes_: int) -> int:
-            keep.append(aligned_nan(max(bytes_, 1)))
-            return int(keep[-1].data_ptr())
+        def allocate(size: int) -> int:
+            memory = _nan_bytes(max(size, 1))
+            self._buffers[f"workspace {len(self._buffers)}"] = memory
+            return memory.data_ptr()
 
-        def launch(kernel: bytes, *arguments: int) -> None:
-            self._launch(kernel.decode(), *arguments)
+        def start(
+            kernel: bytes, blocks: int, threads: int, shared: int, at: int, size: int
+        ) -> None:
+            launch(
+                kernel.decode(), blocks, threads, shared, ctypes.string_at(at, size), self._buffers
+            )
 
-        call = _Call(
-            problem,
-            _Coefficients(*(_Vector() if v is None else _vector(v) for v in vectors)),
-            self._arch,
-            _ALLOCATE(allocate),
-            _LAUNCH(launch),
+        self._keep = (sources, allocate, start)
+        self._call = _CallStruct(
+            problem, _Coefficients(*vectors), arch, _ALLOCATE(allocate), _LAUNCH(start)
         )
-        keep += [inputs, weight, sources, vectors, call]
-        return call
+
+    def results(self, moments: bool) -> dict[str, Tensor]:
+        p = self._p
+        n, _, h, w = p.inputs[0].shape
+        outputs = p.weight.shape[0]
+        out = self._empty("out", _layout.empty((n, outputs, h, w), p.inputs[0]))
+        results = {"out": out}
+        statistics = _Moments()
+        if moments:
+            kept = torch.empty(outputs, dtype=_layout.dtype_for(out))
+            results |= {name: self._empty(name, kept) for name in ("mean", "variance")}
+            statistics = _Moments(_vector(results["mean"]), _vector(results["variance"]))
+        self._run("forward", _view(out), statistics)
+        needed = {name for name, t in p.tensors().items() if t.requires_grad}
+        gradient = _view(self._placed("grad_output", p.grad_output))
+        if needed - {"weight", "bias"}:
+            results |= self._data_gradients(gradient)
+        if needed & {"weight", "bias"}:
+            grad_weight = self._empty("grad weight", torch.empty(p.weight.shape, dtype=out.dtype))
+            grad_bias = self._empty("grad bias", torch.empty(outputs, dtype=out.dtype))
+            results |= {"grad weight": grad_weight, "grad bias": grad_bias}
+            addresses = (ctypes.c_void_p(t.data_ptr()) for t in (grad_weight, grad_bias))
+            self._run("backward_weight", gradient, *addresses)
+        unwanted = {f"grad {name}" for name in p.tensors()} - {f"grad {name}" for name in needed}
+        return {name: t for name, t in results.items() if name not in unwanted}
+
+    def _data_gradients(self, gradient: Any) -> dict[str, Tensor]:
+        p = self._p
+        results = {
+            f"grad inputs[{i}]": self._empty(f"grad inputs[{i}]", _layout.empty(x.shape, x))
+            for i, x in enumerate(p.inputs)
+            if x.requires_grad
+        }
+        names = [f"grad inputs[{i}]" for i in range(len(p.inputs))]
+        views = (_View * len(names))(
+            *(_view(results[name]) if name in results else _View() for name in names)
+        )
+        sums = _Coefficients()
+        if p.scale is not None:
+            for name in ("grad scale", "grad shift"):
+                results[name] = self._empty(name, torch.empty_like(p.scale))
+            sums = _Coefficients(_vector(results["grad scale"]), _vector(results["grad shift"]))
+        self._run("backward_data", gradient, views, sums)
+        return results
+
+    def _run(self, operation: str, *arguments: Any) -> None:
+        by_reference = [
+            ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments
+        ]
+        getattr(self._library, f"program_{operation}")(ctypes.byref(self._call), *by_reference)
+
+    def _placed(self, name: str, t: Tensor) -> Tensor:
+        """A copy of `t` and of what lies between its elements."""
+        t = t.detach()
+        if t.numel() == 0:
+            return t
+        span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        memory = _nan_bytes(span * t.element_size()).view(t.dtype)
+        memory.copy_(t.as_strided((span,), (1,)))
+        self._buffers[name] = memory
+        return memory.as_strided(t.shape, t.stride())
+
+    def _empty(self, name: str, like: Tensor) -> Tensor:
+        """A result like `like`, filled with NaN."""
+        return self._placed(name, like.fill_(torch.nan))
 
 
 def _view(t: Tensor) -> Any:
@@ -192,8 +275,3 @@ def _view(t: Tensor) -> Any:
 
 def _vector(t: Tensor) -> Any:
     return _Vector(t.data_ptr(), t.stride(0), _DTYPES.index(t.dtype))
-
-
-def _nan_like(shape: Any, like: Tensor) -> Tensor:
-    """What the operators allocate for a result, filled with NaN."""
-    return aligned(_layout.empty(shape, like).fill_(torch.nan))
