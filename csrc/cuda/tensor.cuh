@@ -37,7 +37,7 @@ struct Traits {
 /// Calls f with the kind of that number as a compile-time constant.
 template <class Tr, class F, int... I>
 __device__ inline void with_kind(int number, F&& f, std::integer_sequence<int, I...>) {
-  ((number == I ? f(std::integral_constant<int, I>{}) : void()), ...);
+  (void)((number == I && (f(std::integral_constant<int, I>{}), true)) || ...);
 }
 template <class Tr, class F>
 __device__ inline void with_kind(int number, F&& f) {
@@ -127,10 +127,9 @@ class Block {
         if (!inside_[pass]) continue;
         const T* pixels = from + h * s.stride_h + w;
 #pragma unroll
-        for (int c = 0; c < 8; ++c)
-          raw_[pass][c] = c < channels
-                              ? __ldg(reinterpret_cast<const uint2*>(pixels + c * s.stride_c))
-                              : uint2{0, 0};
+        for (int c = 0; c < 8; ++c, pixels += s.stride_c)
+          raw_[pass][c] =
+              c < channels ? __ldg(reinterpret_cast<const uint2*>(pixels)) : uint2{0, 0};
       }
     });
   }
