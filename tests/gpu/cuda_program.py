@@ -105,12 +105,12 @@ def module_of(kernel: str, arch: str = "sm_80") -> Module:
 
 
 def source_of(kernel: str) -> Path:
-    """The instantiation file of a kernel: named after its dtype or tile."""
+    """The instantiation file of a kernel: named after its tile and dtype."""
     family, *rest = kernel.split("_")
     if family == "direct":
         return CSRC / "cuda" / f"direct_{rest[-1]}.cu"
     if family == "tensor":
-        return CSRC / "cuda" / f"tensor_{rest[-2]}.cu"
+        return CSRC / "cuda" / f"tensor_{rest[-2]}_{rest[-1]}.cu"
     return CSRC / "cuda" / "common.cu"
 
 
