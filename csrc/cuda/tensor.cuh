@@ -374,7 +374,8 @@ __device__ void Block<Tr>::finish_backward() {
     float to_scale = 0, to_shift = 0;
     for (int i = lane; i < R * vectors; i += 32) {
       const int h = row_ + i / vectors, w = column_ + i % vectors * kPixelsALoad;
-      if (h >= p_.height || w >= p_.width) continue;
+      const bool inside = h < p_.height && w < p_.width;
+      if (!inside) continue;
       const float4 four =
           *reinterpret_cast<const float4*>(staged + output * pitch + i * kPixelsALoad);
       float gradient[4] = {four.x, four.y, four.z, four.w};
