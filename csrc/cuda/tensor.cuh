@@ -126,10 +126,16 @@ class Block {
         inside_[pass] = u.there && h >= 0 && h < p_.height && w >= 0 && w < p_.width;
         if (!inside_[pass]) continue;
         const T* pixels = from + h * s.stride_h + w;
+        if (channels >= 8) {
 #pragma unroll
-        for (int c = 0; c < 8; ++c, pixels += s.stride_c)
-          raw_[pass][c] =
-              c < channels ? __ldg(reinterpret_cast<const uint2*>(pixels)) : uint2{0, 0};
+          for (int c = 0; c < 8; ++c, pixels += s.stride_c)
+            raw_[pass][c] = __ldg(reinterpret_cast<const uint2*>(pixels));
+        } else {
+#pragma unroll
+          for (int c = 0; c < 8; ++c, pixels += s.stride_c)
+            raw_[pass][c] =
+                c < channels ? __ldg(reinterpret_cast<const uint2*>(pixels)) : uint2{0, 0};
+        }
       }
     });
   }
@@ -154,16 +160,21 @@ class Block {
         const Unit u = unit<k.value>(pass);
         if (!u.there) continue;
         const uint32_t to = base_ + buffer * Tr::kStageBytes + u.slot * 16;
+        if (inside_[pass]) {
 #pragma unroll
-        for (int pixel = 0; pixel < kPixelsALoad; ++pixel) {
-          uint32_t slot[4] = {0, 0, 0, 0};
-          if (inside_[pass])
+          for (int pixel = 0; pixel < kPixelsALoad; ++pixel) {
+            uint32_t slot[4];
 #pragma unroll
             for (int c = 0; c < 8; c += 2)
               slot[c / 2] = ptx::pack_two<T, Tr::kRelu>(
                   fmaf(element(raw_[pass][c], pixel), scale[c], shift[c]),
                   fmaf(element(raw_[pass][c + 1], pixel), scale[c + 1], shift[c + 1]));
-          ptx::store_16_bytes(to + pixel * 16, slot);
+            ptx::store_16_bytes(to + pixel * 16, slot);
+          }
+        } else {
+#pragma unroll
+          for (int pixel = 0; pixel < kPixelsALoad; ++pixel)
+            ptx::store_16_bytes(to + pixel * 16, {0, 0, 0, 0});
         }
       }
     });

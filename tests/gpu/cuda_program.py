@@ -225,8 +225,11 @@ class _Call:
             results |= {"grad weight": grad_weight, "grad bias": grad_bias}
             addresses = (ctypes.c_void_p(t.data_ptr()) for t in (grad_weight, grad_bias))
             self._run("backward_weight", gradient, *addresses)
-        unwanted = {f"grad {name}" for name in p.tensors()} - {f"grad {name}" for name in needed}
-        return {name: t for name, t in results.items() if name not in unwanted}
+        return {
+            name: t
+            for name, t in results.items()
+            if not name.startswith("grad ") or name.removeprefix("grad ") in needed
+        }
 
     def _data_gradients(self, gradient: Any) -> dict[str, Tensor]:
         p = self._p
