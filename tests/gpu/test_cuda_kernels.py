@@ -1,5 +1,5 @@
-"""Every kernel of csrc/cuda, executed as PTX, against float64: the small cases of the grid, and those
-that the tensor-core kernels take.
+"""Every kernel of csrc/cuda, executed as PTX, against float64: the small cases of the grid, and
+those that the tensor-core kernels take.
 
 Their host program chooses the kernels, so these tests also say which path served.
 """
