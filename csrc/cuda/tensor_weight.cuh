@@ -55,19 +55,27 @@ class WeightBlock : Block<Traits<T, 1, kWeightRows, kRelu>> {
     Base::row_ = tile / p_.map.tiles_w % p_.map.tiles_h * kWeightRows;
     Base::n_ = tile / p_.map.tiles_w / p_.map.tiles_h;
     Base::load(job_.stage);
-    constexpr int vectors = kColumns / kPixelsALoad;
-    for (int i = threadIdx.x; i < 8 * N * kWeightRows * vectors; i += kThreads) {
-      const int vector = i % vectors, y = i / vectors % kWeightRows, k = i / vectors / kWeightRows;
-      const int h = Base::row_ + y, w = Base::column_ + vector * kPixelsALoad;
-      const bool there = k < job_.outputs && h < p_.map.height && w < p_.map.width;
-      const T* from = static_cast<const T*>(p_.gradient.data);
-      if (there) from += direct::offset_of(p_.gradient, Base::n_, job_.first_output + k, h, w);
-      ptx::copy_async_8(
-          gradient_buffer(buffer) + k * kGradientPitch + (y * kColumns + vector * kPixelsALoad) * 2,
-          from, there ? 8 : 0);
+    // A thread copies the same four pixels of every second output.
+    constexpr int vectors = kColumns / kPixelsALoad, apart = kThreads / (vectors * kWeightRows);
+    const int vector = threadIdx.x % vectors, y = threadIdx.x / vectors % kWeightRows;
+    const int first = threadIdx.x / (vectors * kWeightRows);
+    const int h = Base::row_ + y, w = Base::column_ + vector * kPixelsALoad;
+    const bool inside = h < p_.map.height && w < p_.map.width;
+    const T* from = static_cast<const T*>(p_.gradient.data);
+    if (inside) from += direct::offset_of(p_.gradient, Base::n_, job_.first_output + first, h, w);
+    uint32_t to = gradient_buffer(buffer) + first * kGradientPitch +
+                  (y * kColumns + vector * kPixelsALoad) * 2;
+    for (int k = first; k < 8 * tiles(); k += apart) {
+      const bool there = inside && k < job_.outputs;
+      ptx::copy_async_8(to, there ? from : p_.gradient.data, there ? 8 : 0);
+      from += apart * p_.gradient.stride_c;
+      to += apart * kGradientPitch;
     }
     ptx::commit_copies();
   }
+
+  /// Of 8 outputs; those beyond are skipped.
+  __device__ int tiles() const { return (job_.outputs + 7) / 8; }
 
   __device__ uint32_t gradient_buffer(int buffer) const {
     return Base::base_ + 2 * Tr::kStageBytes + buffer * 8 * N * kGradientPitch;
@@ -85,7 +93,7 @@ class WeightBlock : Block<Traits<T, 1, kWeightRows, kRelu>> {
   __device__ void multiply(int dilation, int buffer) {
     constexpr Kind kind = Tr::kKinds.kind[kKind];
     constexpr int taps = kind.taps == Taps::row ? 3 : 1;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, used = tiles();
     // Matrices of a fragment of psi(x): {channels low, high} x {pixels low, high}, transposed.
     const uint32_t pixels = Base::base_ + buffer * Tr::kStageBytes +
                             (lane / 8 % 2 * kind.half_pitch + warp * kind.row_pitch + kind.halo +
@@ -100,6 +108,7 @@ class WeightBlock : Block<Traits<T, 1, kWeightRows, kRelu>> {
       uint32_t b[N + 1][2];
 #pragma unroll
       for (int j = 0; j < N; j += 2) {
+        if (j >= used) break;
         uint32_t two_tiles[4];
         const uint32_t at = gradient + j * 8 * kGradientPitch + step * 32;
         if (j + 1 < N)
@@ -115,13 +124,15 @@ class WeightBlock : Block<Traits<T, 1, kWeightRows, kRelu>> {
         ptx::load_matrices_transposed(
             a, pixels + (step * 16 + (taps == 1 ? 0 : (tap - 1) * dilation)) * 16);
 #pragma unroll
-        for (int j = 0; j < N; ++j) ptx::mma_k16<T>(sums_[tap][j], a, b[j]);
+        for (int j = 0; j < N; ++j)
+          if (j < used) ptx::mma_k16<T>(sums_[tap][j], a, b[j]);
       }
       if (!job_.bias) continue;
       const uint32_t one = __is_same(T, bfloat16) ? 0x3f803f80u : 0x3c003c00u;
       const uint32_t ones[4] = {one, one, one, one};
 #pragma unroll
-      for (int j = 0; j < N; ++j) ptx::mma_k16<T>(sums_[3][j], ones, b[j]);
+      for (int j = 0; j < N; ++j)
+        if (j < used) ptx::mma_k16<T>(sums_[3][j], ones, b[j]);
     }
   }
 
