@@ -48,8 +48,8 @@ GPUS = (
     ),
     Gpu(
         "H100",
-        "NVIDIA H100 Tensor Core GPU datasheet, SXM5 (half of the rates with sparsity); share of "
-        "mma.sync: Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, 2024",
+        "NVIDIA H100 Tensor Core GPU datasheet, SXM5, half of the rates with sparsity; share of "
+        "mma.sync: Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture",
         *(132, 1.83, 3350.0),
         {"bf16": 989.0, "f16": 989.0, "tf32": 494.0, "f64": 67.0},
         mma_share=0.62,

@@ -32,6 +32,7 @@ class Bug:
     error: str = ""
 
 
+NO_BUG = Bug("none")
 BUGS = [
     Bug(
         "missing_syncthreads",

@@ -15,7 +15,7 @@ from d3net_kernels.numerics import Problem
 from . import toolchain
 from .cuda_program import Executed, Program
 from .module import Module, load
-from .planted import BUGS, Bug, patched_csrc, single_kernel
+from .planted import BUGS, NO_BUG, Bug, patched_csrc, single_kernel
 from .ptx.syntax import PtxError
 
 pytestmark = pytest.mark.skipif(
@@ -94,7 +94,7 @@ def is_right(problem: Problem, out: Tensor) -> bool:
 def test_the_kernel_without_a_bug(generator: torch.Generator, lanes: str) -> None:
     """Right in every order, with the same bits."""
     problem = small_problem(generator)
-    module = load(ptx_with(Bug("none")))
+    module = load(ptx_with(NO_BUG))
     orders = ORDERS if lanes == "lockstep" else ORDERS[-1:]
     outs = [forward(problem, Replaced(module, lanes=lanes, **order)) for order in orders]
     assert is_right(problem, outs[0])
@@ -133,7 +133,7 @@ def test_missing_synchronisation_shows_without_the_race_detector(
 
 
 def test_too_little_shared_memory_is_caught(generator: torch.Generator) -> None:
-    module = load(ptx_with(Bug("none")))
+    module = load(ptx_with(NO_BUG))
     with pytest.raises(
         toolchain.engine().KernelError, match="bytes of shared memory of this launch"
     ):
@@ -151,7 +151,7 @@ def test_too_little_shared_memory_is_caught(generator: torch.Generator) -> None:
     ],
 )
 def test_an_unknown_instruction_is_named_with_its_line(old: str, new: str, what: str) -> None:
-    ptx = ptx_with(Bug("none"))
+    ptx = ptx_with(NO_BUG)
     assert old in ptx
     line = ptx[: ptx.index(old)].count("\n") + 1
     module = load(ptx.replace(old, new, 1))
