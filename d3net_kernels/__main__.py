@@ -88,15 +88,29 @@ def _worst_ratio(
     return max(numerics.error_ratios(problem, results).values())
 
 
+def bench(arguments: list[str]) -> int:
+    """Time layers on a GPU against plain torch (in the source tree)."""
+    try:
+        from benchmarks import gpu
+    except ImportError as error:
+        print(f"the benchmarks are not installed, run this in the source tree ({error})")
+        return 1
+    return gpu.main(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["bench"]:  # it has options of its own
+        return bench(given[1:])
     parser = argparse.ArgumentParser(prog="python -m d3net_kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (info, verify):
         commands.add_parser(command.__name__, help=command.__doc__).set_defaults(run=command)
+    commands.add_parser("bench", help=bench.__doc__)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="d3net_kernels runs on plain torch")
-        return int(parser.parse_args(arguments).run())
+        return int(parser.parse_args(given).run())
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ constexpr int tap_slots(int tiles) { return 2 * 8 * tiles; }
 /// Dynamic shared memory: two stages with their weights; the epilogue uses it again.
 constexpr int tensor_shared_bytes(int tiles, int rows) {
   const int pipeline = 2 * 16 * (most_slots(rows) + 9 * tap_slots(tiles));
-  const int epilogue = 8 * tiles * (rows * kColumns * 2 + 16);
+  const int epilogue = 8 * tiles * (rows * kColumns + 4) * 4;  // the backward one, in float
   return pipeline > epilogue ? pipeline : epilogue;
 }
 

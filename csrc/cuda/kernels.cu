@@ -3,7 +3,7 @@
 #include <cstring>
 #include <string>
 
-#include "params.h"
+#include "geometry.h"
 
 using namespace d3net::cuda;
 

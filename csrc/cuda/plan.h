@@ -60,8 +60,8 @@ struct TensorTile {
   int tiles, rows;
 };
 
-/// What is compiled (kernels.h): as many rows as the registers hold, fewer for low maps.
-constexpr TensorTile kTensorTiles[] = {{1, 8}, {2, 8}, {2, 16}, {3, 8}, {4, 6}, {5, 4}, {5, 6}};
+/// What is compiled (kernels.h): as many rows as the registers hold without spilling.
+constexpr TensorTile kTensorTiles[] = {{1, 8}, {2, 8}, {3, 6}, {4, 4}, {5, 4}};
 
 /// Blocks of outputs: as few columns of padding as possible, then as few blocks as possible.
 inline int tensor_tiles(const std::vector<int64_t>& channels) {
@@ -76,19 +76,10 @@ inline int tensor_tiles(const std::vector<int64_t>& channels) {
   return best;
 }
 
-/// The tile for `jobs` blocks of outputs: the most rows that leave few of them empty and still give
-/// every multiprocessor two blocks.
-inline TensorTile tensor_tile(int tiles, int64_t jobs, const Problem& p, const Arch& arch) {
-  TensorTile best{0, 0};
-  for (const TensorTile& tile : kTensorTiles) {
-    if (tile.tiles != tiles) continue;
-    const int64_t blocks =
-        p.batch * divide_up(p.height, tile.rows) * divide_up(p.width, kColumns) * jobs;
-    const bool fills = blocks >= int64_t{2} * arch.multiprocessors;
-    const bool padded = round_up(p.height, tile.rows) > round_up(p.height, 4) + p.height / 8;
-    if (best.rows == 0 || (tile.rows > best.rows && fills && !padded)) best = tile;
-  }
-  return best;
+inline TensorTile tensor_tile(int tiles) {
+  for (const TensorTile& tile : kTensorTiles)
+    if (tile.tiles == tiles) return tile;
+  return {0, 0};
 }
 
 /// The stages of one chunk of channels, in the order of the kinds. `stage` holds what they share.

@@ -1,13 +1,12 @@
 #include "program.h"
 
-#include <cstring>
 #include <string>
 #include <vector>
 
+#include "tables.h"
+
 namespace d3net::cuda {
 namespace {
-
-constexpr int kThreads = 256;  // of the small kernels
 
 const char* suffix_of(DType dtype) {
   switch (dtype) {
@@ -17,27 +16,6 @@ const char* suffix_of(DType dtype) {
     case DType::float16: return "_float16";
   }
   return "";
-}
-
-template <class Params>
-void launch(Device& device, const std::string& kernel, int64_t blocks, int threads,
-            const Params& params, int64_t shared_bytes = 0) {
-  device.launch(kernel.c_str(), blocks, threads, shared_bytes, &params, sizeof params);
-}
-
-template <class Entry>
-const Entry* upload(Device& device, const std::vector<Entry>& table) {
-  static_assert(sizeof(Entry) % 4 == 0);
-  const int64_t words = static_cast<int64_t>(table.size() * sizeof(Entry) / 4);
-  auto* to = static_cast<uint32_t*>(device.allocate(words * 4));
-  for (int64_t done = 0; done < words; done += Upload::kWords) {
-    Upload piece{
-        to + done, static_cast<int32_t>(std::min<int64_t>(words - done, Upload::kWords)), {}};
-    std::memcpy(piece.data, reinterpret_cast<const char*>(table.data()) + done * 4,
-                static_cast<size_t>(piece.words) * 4);
-    launch(device, "upload_table", 1, kThreads, piece);
-  }
-  return reinterpret_cast<const Entry*>(to);
 }
 
 bool is_double(DType dtype) { return dtype == DType::float64; }
@@ -101,8 +79,10 @@ class DirectConvolutions {
 
   /// Uploads the tables, packs the weights and launches `kernel`.
   void run(Device& device, const std::string& kernel, Convolve params) const {
-    params.convolutions = upload(device, convolutions_);
-    params.sources = upload(device, sources_);
+    Tables tables;
+    tables.add(convolutions_, &params.convolutions);
+    tables.add(sources_, &params.sources);
+    tables.upload(device);
     void* weights = device.allocate(packed_ * accumulator_bytes(p_.dtype));
     params.weights = weights;
     launch(device, "pack_weights", divide_up(packed_, kThreads), kThreads,
@@ -148,11 +128,14 @@ class TensorConvolutions {
   int64_t blocks_of_map() const {
     return p_.batch * divide_up(p_.height, tile_.rows) * divide_up(p_.width, kColumns);
   }
-  int64_t parts() const { return blocks_of_map() * kWarps; }
 
   void run(Device& device, std::string kernel, const Coefficients& c, TensorConvolve params) const {
     PackChunks pack{};
-    pack.chunks = upload(device, chunks_);
+    Tables tables;
+    tables.add(chunks_, &pack.chunks);
+    tables.add(stages_, &params.stages);
+    tables.add(jobs_, &params.jobs);
+    tables.upload(device);
     pack.num_chunks = static_cast<int64_t>(chunks_.size());
     pack.tiles = tile_.tiles;
     pack.dtype = p_.dtype;
@@ -161,8 +144,6 @@ class TensorConvolutions {
     pack.weights = device.allocate(size * 2);
     pack.coefficients = static_cast<float*>(device.allocate(pack.num_chunks * 32 * 4));
     launch(device, "pack_weight_chunks", divide_up(size, kThreads), kThreads, pack);
-    params.stages = upload(device, stages_);
-    params.jobs = upload(device, jobs_);
     params.num_jobs = static_cast<int32_t>(jobs_.size());
     params.tiles_h = static_cast<int32_t>(divide_up(p_.height, tile_.rows));
     params.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
@@ -209,11 +190,9 @@ class TensorConvolutions {
   std::vector<Chunk> chunks_;
 };
 
-bool tensor_forward(Device& device, const Problem& p, const Coefficients& c, const View& out) {
-  bool takes = !tensor_refuses(p, device.arch()) && tensor_takes(out);
-  for (int64_t i = 0; i < p.num_sources; ++i) takes &= tensor_takes(p.sources[i].x);
-  (void)c;
-  return takes;
+/// Whether the tensor-core kernels take the problem and every map of it, given by `maps`.
+bool on_tensor_cores(const Device& device, const Problem& p, const std::vector<View>& maps) {
+  return !tensor_refuses(p, device.arch()) && std::all_of(maps.begin(), maps.end(), tensor_takes);
 }
 
 }  // namespace
@@ -230,13 +209,12 @@ void forward(Device& device, Problem p, const Coefficients& coefficients, const 
     if (moments.mean.data)
       partial = device.allocate(parts * p.out_channels * 3 * accumulator_bytes(p.dtype));
   };
-  if (tensor_forward(device, p, coefficients, out)) {
-    const int tiles = tensor_tiles({p.out_channels});
-    const TensorTile tile =
-        tensor_tile(tiles, divide_up(p.out_channels, 8 * tiles), p, device.arch());
-    TensorConvolutions convolutions(p, tile);
+  std::vector<View> maps{out};
+  for (int64_t i = 0; i < p.num_sources; ++i) maps.push_back(p.sources[i].x);
+  if (on_tensor_cores(device, p, maps)) {
+    TensorConvolutions convolutions(p, tensor_tile(tensor_tiles({p.out_channels})));
     convolutions.append(layer, p.sources, true, 0);
-    allocate_partial(convolutions.parts());
+    allocate_partial(convolutions.blocks_of_map() * kWarps);
     TensorConvolve params{};
     params.bias = static_cast<const float*>(bias);
     params.partial = static_cast<float*>(partial), params.partial_channels = p.out_channels;
@@ -259,31 +237,58 @@ void forward(Device& device, Problem p, const Coefficients& coefficients, const 
 
 void backward_data(Device& device, Problem p, const Coefficients& coefficients,
                    const View& gradient, const View* grad_inputs, const Coefficients& sums) {
-  DirectConvolutions convolutions(p);
+  // A convolution of the gradient for each source that needs one.
+  std::vector<Convolution> wanted;
+  std::vector<Source> operands;
+  std::vector<View> maps{gradient};
+  std::vector<int64_t> outputs;
   int64_t channel = 0;
   for (int64_t i = 0; i < p.num_sources; ++i) {
     const Source& s = p.sources[i];
-    const Source operand{gradient, p.out_channels, s.dilation_h, s.dilation_w};
-    if (grad_inputs[i].data || sums.scale.data)
-      convolutions.append(
-          {0, 1, p.out_channels, s.channels, 0, transposed(p, weight_from_channel(p, channel)), 0,
-           grad_inputs[i], s.x, channel},
-          &operand);
+    if (grad_inputs[i].data || sums.scale.data) {
+      wanted.push_back({0, 1, p.out_channels, s.channels, 0,
+                        transposed(p, weight_from_channel(p, channel)), 0, grad_inputs[i], s.x,
+                        channel});
+      operands.push_back({gradient, p.out_channels, s.dilation_h, s.dilation_w});
+      outputs.push_back(s.channels);
+      maps.push_back(s.x);
+      if (grad_inputs[i].data) maps.push_back(grad_inputs[i]);
+    }
     channel += s.channels;
   }
-  if (convolutions.empty()) return;
-  Convolve params = params_of<Convolve>(device, p, coefficients);
-  if (sums.scale.data) {
-    params.partial =
-        device.allocate(convolutions.parts() * p.in_channels * 2 * accumulator_bytes(p.dtype));
-    params.partial_channels = p.in_channels;
+  if (wanted.empty()) return;
+  void* partial = nullptr;
+  int64_t parts = 0;
+  auto allocate_partial = [&](int64_t number) {
+    parts = number;
+    if (sums.scale.data)
+      partial = device.allocate(parts * p.in_channels * 2 * accumulator_bytes(p.dtype));
+  };
+  if (on_tensor_cores(device, p, maps)) {
+    TensorConvolutions convolutions(p, tensor_tile(tensor_tiles(outputs)));
+    for (size_t i = 0; i < wanted.size(); ++i)
+      convolutions.append(wanted[i], &operands[i], false, wanted[i].channel);
+    allocate_partial(convolutions.blocks_of_map());
+    TensorConvolve params{};
+    params.scale =
+        static_cast<const float*>(widened(device, coefficients.scale, p.dtype, p.in_channels));
+    params.shift =
+        static_cast<const float*>(widened(device, coefficients.shift, p.dtype, p.in_channels));
+    params.relu = p.psi.relu;
+    params.partial = static_cast<float*>(partial), params.partial_channels = p.in_channels;
+    convolutions.run(device, "tensor_backward_data", coefficients, params);
+  } else {
+    DirectConvolutions convolutions(p);
+    for (size_t i = 0; i < wanted.size(); ++i) convolutions.append(wanted[i], &operands[i]);
+    allocate_partial(convolutions.parts());
+    Convolve params = params_of<Convolve>(device, p, coefficients);
+    params.partial = partial, params.partial_channels = p.in_channels;
+    convolutions.run(device, "direct_backward_data", params);
   }
-  convolutions.run(device, "direct_backward_data", params);
   if (sums.scale.data)
     launch(device, "finish_sums", divide_up(p.in_channels * 2, kFinishColumns),
            kFinishColumns * kFinishLanes,
-           Finish{params.partial, is_double(p.dtype), convolutions.parts(), p.in_channels, 2,
-                  sums.scale, sums.shift});
+           Finish{partial, is_double(p.dtype), parts, p.in_channels, 2, sums.scale, sums.shift});
 }
 
 void backward_weight(Device& device, Problem p, const Coefficients& coefficients,
@@ -291,7 +296,9 @@ void backward_weight(Device& device, Problem p, const Coefficients& coefficients
   const int64_t taps = p.kernel_h * p.kernel_w, columns = p.in_channels * taps + 1;
   const int64_t groups = p.in_channels * divide_up(taps, kGradientTaps) + 1;
   WeightGradient params = params_of<WeightGradient>(device, p, coefficients);
-  params.sources = upload(device, std::vector<Source>(p.sources, p.sources + p.num_sources));
+  Tables tables;
+  tables.add(std::vector<Source>(p.sources, p.sources + p.num_sources), &params.sources);
+  tables.upload(device);
   params.num_sources = p.num_sources;
   params.gradient = gradient;
   params.out_channels = p.out_channels, params.in_channels = p.in_channels;

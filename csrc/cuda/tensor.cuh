@@ -37,7 +37,7 @@ struct Traits {
 /// Calls f with the kind of that number as a compile-time constant.
 template <class Tr, class F, int... I>
 __device__ inline void with_kind(int number, F&& f, std::integer_sequence<int, I...>) {
-  ((number == I ? f(std::integral_constant<int, I>{}) : void()), ...);
+  (void)((number == I && (f(std::integral_constant<int, I>{}), true)) || ...);
 }
 template <class Tr, class F>
 __device__ inline void with_kind(int number, F&& f) {
@@ -126,11 +126,16 @@ class Block {
         inside_[pass] = u.there && h >= 0 && h < p_.height && w >= 0 && w < p_.width;
         if (!inside_[pass]) continue;
         const T* pixels = from + h * s.stride_h + w;
+        if (channels >= 8) {
 #pragma unroll
-        for (int c = 0; c < 8; ++c)
-          raw_[pass][c] = c < channels
-                              ? __ldg(reinterpret_cast<const uint2*>(pixels + c * s.stride_c))
-                              : uint2{0, 0};
+          for (int c = 0; c < 8; ++c, pixels += s.stride_c)
+            raw_[pass][c] = __ldg(reinterpret_cast<const uint2*>(pixels));
+        } else {
+#pragma unroll
+          for (int c = 0; c < 8; ++c, pixels += s.stride_c)
+            raw_[pass][c] =
+                c < channels ? __ldg(reinterpret_cast<const uint2*>(pixels)) : uint2{0, 0};
+        }
       }
     });
   }
@@ -155,16 +160,21 @@ class Block {
         const Unit u = unit<k.value>(pass);
         if (!u.there) continue;
         const uint32_t to = base_ + buffer * Tr::kStageBytes + u.slot * 16;
+        if (inside_[pass]) {
 #pragma unroll
-        for (int pixel = 0; pixel < kPixelsALoad; ++pixel) {
-          uint32_t slot[4] = {0, 0, 0, 0};
-          if (inside_[pass])
+          for (int pixel = 0; pixel < kPixelsALoad; ++pixel) {
+            uint32_t slot[4];
 #pragma unroll
             for (int c = 0; c < 8; c += 2)
               slot[c / 2] = ptx::pack_two<T, Tr::kRelu>(
                   fmaf(element(raw_[pass][c], pixel), scale[c], shift[c]),
                   fmaf(element(raw_[pass][c + 1], pixel), scale[c + 1], shift[c + 1]));
-          ptx::store_16_bytes(to + pixel * 16, slot);
+            ptx::store_16_bytes(to + pixel * 16, slot);
+          }
+        } else {
+#pragma unroll
+          for (int pixel = 0; pixel < kPixelsALoad; ++pixel)
+            ptx::store_16_bytes(to + pixel * 16, {0, 0, 0, 0});
         }
       }
     });
@@ -347,6 +357,72 @@ __device__ void Block<Tr>::finish_forward() {
       if (w + 4 < p_.width) *reinterpret_cast<uint2*>(to + 4) = halves[1];
     }
   }
+}
+
+/// Through psi of x to the data gradient and this block's part of the sums for scale and shift. The
+/// gradient of psi goes through shared memory in float: the sums take it unrounded, and a warp
+/// then reads x and writes the result in rows of one channel.
+template <class Tr>
+__device__ void Block<Tr>::finish_backward() {
+  constexpr int pitch = R * kColumns + 4;  // floats of an output
+  float* staged = reinterpret_cast<float*>(shared_);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int y = 0; y < R; ++y)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        staged[(j * 8 + lane % 4 * 2 + e % 2) * pitch + y * kColumns + warp * 16 + lane / 4 +
+               e / 2 * 8] = sums_[y][j][e];
+  __syncthreads();
+  constexpr int vectors = kColumns / kPixelsALoad;
+  const View &out = job_->out, &source = job_->x;
+  for (int output = warp; output < job_->outputs; output += kWarps) {
+    const int64_t channel = job_->channel + output;
+    const float scale = p_.scale ? p_.scale[channel] : 1.f;
+    const float shift = p_.scale ? p_.shift[channel] : 0.f;
+    float to_scale = 0, to_shift = 0;
+    for (int i = lane; i < R * vectors; i += 32) {
+      const int h = row_ + i / vectors, w = column_ + i % vectors * kPixelsALoad;
+      const bool inside = h < p_.height && w < p_.width;
+      if (!inside) continue;
+      const float4 four =
+          *reinterpret_cast<const float4*>(staged + output * pitch + i * kPixelsALoad);
+      float gradient[4] = {four.x, four.y, four.z, four.w};
+      if (p_.scale || p_.relu) {
+        const uint2 pixels = __ldg(reinterpret_cast<const uint2*>(
+            static_cast<const T*>(source.data) + direct::offset_of(source, n_, output, h, w)));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float x = element(pixels, e);
+          if (p_.relu && fmaf(x, scale, shift) <= 0) gradient[e] = 0;  // NaN passes
+          to_scale = fmaf(gradient[e], x, to_scale);
+          to_shift += gradient[e];
+        }
+      }
+      if (!out.data) continue;
+      const uint2 result = {ptx::pack_two<T, false>(gradient[0] * scale, gradient[1] * scale),
+                            ptx::pack_two<T, false>(gradient[2] * scale, gradient[3] * scale)};
+      *reinterpret_cast<uint2*>(static_cast<T*>(out.data) +
+                                direct::offset_of(out, n_, output, h, w)) = result;
+    }
+    if (!p_.partial) continue;
+    to_scale = warp_sum(to_scale);
+    to_shift = warp_sum(to_shift);
+    if (lane > 0) continue;
+    float* to = p_.partial + (static_cast<int64_t>(blockIdx.x / p_.num_jobs) * p_.partial_channels +
+                              job_->partial_channel + output) *
+                                 2;
+    to[0] = to_scale, to[1] = to_shift;
+  }
+}
+
+template <class T, int kTiles, int kRows>
+__device__ inline void backward_data(const TensorConvolve& p, unsigned char* shared) {
+  Block<Traits<T, kTiles, kRows, false>> block(p, shared);
+  block.convolve();
+  block.finish_backward();
 }
 
 template <class T, int kTiles, int kRows, bool kRelu>

@@ -105,12 +105,12 @@ def module_of(kernel: str, arch: str = "sm_80") -> Module:
 
 
 def source_of(kernel: str) -> Path:
-    """The instantiation file of a kernel: named after its dtype or tile."""
+    """The instantiation file of a kernel: named after its tile and dtype."""
     family, *rest = kernel.split("_")
     if family == "direct":
         return CSRC / "cuda" / f"direct_{rest[-1]}.cu"
     if family == "tensor":
-        return CSRC / "cuda" / f"tensor_{rest[-2]}.cu"
+        return CSRC / "cuda" / f"tensor_{rest[-2]}_{rest[-1]}.cu"
     return CSRC / "cuda" / "common.cu"
 
 
@@ -230,8 +230,11 @@ class _Call:
             results |= {"grad weight": grad_weight, "grad bias": grad_bias}
             addresses = (ctypes.c_void_p(t.data_ptr()) for t in (grad_weight, grad_bias))
             self._run("backward_weight", gradient, *addresses)
-        unwanted = {f"grad {name}" for name in p.tensors()} - {f"grad {name}" for name in needed}
-        return {name: t for name, t in results.items() if name not in unwanted}
+        return {
+            name: t
+            for name, t in results.items()
+            if not name.startswith("grad ") or name.removeprefix("grad ") in needed
+        }
 
     def _data_gradients(self, gradient: Any) -> dict[str, Tensor]:
         p = self._p

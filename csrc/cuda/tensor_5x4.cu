@@ -1,3 +1,0 @@
-#include "tensor_impl.cuh"
-
-D3NET_TENSOR_KERNELS(5, 4)
