@@ -3,8 +3,8 @@
 #include <tuple>
 
 #include "cpu/kernels.h"
+#include "cpu_tensors.h"
 #include "d2_block.h"
-#include "tensors.h"
 
 namespace d3net {
 namespace {
@@ -13,7 +13,7 @@ namespace {
 Tensor with_adjacent_channels(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), "d2_block: x must be (N, C, H, W) on the CPU");
   if (x.stride(1) == 1 || x.size(1) == 1) return x;
-  Tensor copy = new_empty(x, x.size(0), x.size(1), x.size(2), x.size(3), true);
+  Tensor copy = new_output(x, x.size(0), x.size(1), x.size(2), x.size(3), true);
   if (x.numel() > 0)
     cpu::kernels().to_channels_last(dtype_of(x), view_of(x), x.size(0), x.size(1), x.size(2),
                                     x.size(3), copy.data_ptr());
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensors weights, Te
                        running_variances, use_batch, eps, per_layer, out_layers, precision);
   const D2Problem& p = call.problem;
   const ScalarType kept = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor out = new_empty(x, p.batch, p.growth * p.out_layers, p.height, p.width, true);
+  Tensor out = new_output(x, p.batch, p.growth * p.out_layers, p.height, p.width, true);
   Tensor features =
       torch::stable::new_empty(x, Ints{p.batch, p.height, p.width, keep ? call.pitch() : 0});
   advise_large_pages(features);
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors> backward(
   };
   auto wants = [&](size_t kind, size_t i) { return wanted[1 + kind * layers + i] != 0; };
 
-  Tensor grad_x = wanted[0] ? new_empty(x, p.batch, p.in_channels, p.height, p.width, true)
+  Tensor grad_x = wanted[0] ? new_output(x, p.batch, p.in_channels, p.height, p.width, true)
                             : torch::stable::new_empty(x, Ints{0});
   std::array<Tensors, 4> grads;  // of weights, biases, norms' weights and biases
   std::vector<void*> weight_data;

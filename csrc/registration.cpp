@@ -1,71 +1,31 @@
 // The CPU implementations of the operators whose schemas d3net_kernels/ops.py declares: unpacks
-// tensors into the plain problem, allocates results, calls the kernels. Arguments arrive validated
-// by d3net_kernels/checks.py; what is checked again here is what would read or write astray.
+// tensors into the plain problem (unpack.h), allocates results, calls the kernels.
 #include <limits>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "tensors.h"
+#include "cpu_tensors.h"
 
 namespace d3net {
 namespace {
 
-/// The operators' common arguments as a Problem, with the memory it points to.
-class Call {
+/// Arguments with psi's coefficients.
+class Call : public Arguments {
  public:
   Call(const Tensors& inputs, const Tensor& weight, const Ints& dilations, const MaybeTensor& scale,
        const MaybeTensor& shift, bool relu)
-      : scale_(scale, dtype_of(inputs.at(0)), weight.size(1)),
-        shift_(shift, dtype_of(inputs.at(0)), weight.size(1)) {
-    const Tensor& first = inputs[0];
-    STD_TORCH_CHECK(dilations.size() == 2 * inputs.size(),
-                    "multidilated_conv2d: dilations must hold two numbers a source");
-    STD_TORCH_CHECK(scale.has_value() == shift.has_value(),
-                    "multidilated_conv2d: scale and shift must be given together");
-    problem.dtype = dtype_of(first);
-    problem.batch = first.size(0);
-    problem.height = first.size(2);
-    problem.width = first.size(3);
-    problem.out_channels = weight.size(0);
-    problem.kernel_h = weight.size(2);
-    problem.kernel_w = weight.size(3);
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      const Tensor& x = inputs[i];
-      STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == problem.batch && x.size(2) == problem.height &&
-                          x.size(3) == problem.width && x.is_cpu() &&
-                          x.scalar_type() == first.scalar_type(),
-                      "multidilated_conv2d: sources must agree in dtype, device and N, H, W");
-      sources_.push_back({view_of(x), x.size(1), dilations[2 * i], dilations[2 * i + 1]});
-      problem.in_channels += x.size(1);
-    }
-    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == problem.in_channels && weight.is_cpu() &&
-                        weight.scalar_type() == first.scalar_type(),
-                    "multidilated_conv2d: weight must be (K, sum of the sources' channels, kh, kw) "
-                    "with the sources' dtype and device");
-    problem.sources = sources_.data();
-    problem.num_sources = static_cast<int64_t>(sources_.size());
-    problem.weight = weight_of(weight);
-    problem.psi = {scale_.data(), shift_.data(), relu};
+      : Arguments(inputs, weight, dilations, scale, shift, relu),
+        scale_(scale, problem.dtype, problem.in_channels),
+        shift_(shift, problem.dtype, problem.in_channels) {
+    problem.psi.scale = scale_.data();
+    problem.psi.shift = shift_.data();
   }
-  Call(const Call&) = delete;
-  Call& operator=(const Call&) = delete;
-
-  bool empty() const { return problem.batch * problem.height * problem.width == 0; }
-
-  void check_gradient(const Tensor& g) const {
-    STD_TORCH_CHECK(g.dim() == 4 && g.size(0) == problem.batch &&
-                        g.size(1) == problem.out_channels && g.size(2) == problem.height &&
-                        g.size(3) == problem.width && g.is_cpu() && dtype_of(g) == problem.dtype,
-                    "multidilated_conv2d: grad_output must match the output's shape and dtype");
-  }
-
-  Problem problem;
 
  private:
   Coefficients scale_, shift_;
-  std::vector<Source> sources_;
 };
 
 Tensor forward(Tensors inputs, Tensor weight, MaybeTensor bias, Ints dilations, MaybeTensor scale,
@@ -73,8 +33,8 @@ Tensor forward(Tensors inputs, Tensor weight, MaybeTensor bias, Ints dilations, 
   const Call call(inputs, weight, dilations, scale, shift, relu);
   const Problem& p = call.problem;
   const Coefficients bias_values(bias, p.dtype, p.out_channels);
-  Tensor out =
-      new_empty(inputs[0], p.batch, p.out_channels, p.height, p.width, is_channels_last(inputs[0]));
+  Tensor out = new_output(inputs[0], p.batch, p.out_channels, p.height, p.width,
+                          is_channels_last(inputs[0]));
   if (!call.empty()) cpu::kernels().forward(p, bias_values.data(), view_of(out));
   return out;
 }

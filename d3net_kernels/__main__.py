@@ -9,16 +9,21 @@ import time
 import warnings
 
 import torch
+from torch import Tensor
 
 from . import __version__, _binary, backends, numerics
+from .backends import cuda
 from .functional import multidilated_conv2d
 
+_ON_GPU = ("cuda", "triton")
 # Sources' channels, growth rate, (N, H, W): odd sizes, one source, dilations beyond the map.
-_VERIFIED = (
+VERIFIED = (
     ([5], 7, (2, 9, 11)),
     ([16, 12, 12], 12, (1, 17, 24)),
     ([7, 3, 3, 3, 3, 3], 3, (2, 6, 35)),
 )
+# For every tile of the tensor-core kernels a layer whose gradients take the same one.
+VERIFIED_ON_GPU = tuple(([c, c], c, (2, 18, 72)) for c in (8, 16, 24, 32, 40))
 
 
 def info() -> int:
@@ -35,6 +40,7 @@ def info() -> int:
             rows["instruction set"] = torch.ops.d3net_kernels.cpu_isa("")
         except RuntimeError as error:  # D3NET_KERNELS_ISA asks for what is not there
             rows["instruction set"] = f"error: {str(error).splitlines()[0]}"
+    rows["CUDA binary"] = cuda.archs()
     forced = backends.forced()
     if forced is not None:
         rows["forced backend"] = forced
@@ -56,7 +62,12 @@ def verify() -> int:
             continue
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             start = time.perf_counter()
-            ratio = max(_worst_ratio(name, dtype, generator, *shape) for shape in _VERIFIED)
+            shapes = (*VERIFIED, *VERIFIED_ON_GPU) if name in _ON_GPU else VERIFIED
+            ratio = max(
+                _worst_ratio(name, dtype, generator, *shape, relu)
+                for shape in shapes
+                for relu in ((True, False) if name in _ON_GPU else (True,))
+            )
             seconds = time.perf_counter() - start
             verdict = "ok" if ratio <= 1 else "WRONG"
             wrong += ratio > 1
@@ -74,24 +85,41 @@ def _worst_ratio(
     channels: list[int],
     out_channels: int,
     size: tuple[int, int, int],
+    relu: bool,
 ) -> float:
     problem = numerics.random_problem(
-        channels, out_channels, size, generator=generator, dtype=dtype, psi_dtype=dtype
+        channels, out_channels, size, generator=generator, dtype=dtype, psi_dtype=dtype, relu=relu
     )
+    if backend in _ON_GPU:
+        problem = problem.map(Tensor.cuda)
     with backends.use_backend(backend):
         results = numerics.results_of(multidilated_conv2d, problem)
     return max(numerics.error_ratios(problem, results).values())
 
 
+def bench(arguments: list[str]) -> int:
+    """Time layers on a GPU against plain torch (in the source tree)."""
+    try:
+        from benchmarks import gpu
+    except ImportError as error:
+        print(f"the benchmarks are not installed, run this in the source tree ({error})")
+        return 1
+    return gpu.main(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["bench"]:  # it has options of its own
+        return bench(given[1:])
     parser = argparse.ArgumentParser(prog="python -m d3net_kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (info, verify):
         commands.add_parser(command.__name__, help=command.__doc__).set_defaults(run=command)
+    commands.add_parser("bench", help=bench.__doc__)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="d3net_kernels runs on plain torch")
-        return int(parser.parse_args(arguments).run())
+        return int(parser.parse_args(given).run())
 
 
 if __name__ == "__main__":

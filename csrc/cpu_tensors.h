@@ -1,75 +1,26 @@
-// Between torch's tensors, through its stable ABI, and the plain structs of the kernels.
+// What the CPU bindings need of tensors besides unpack.h: coefficients by value, fresh outputs.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <array>
-#include <optional>
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "multidilated_conv.h"
+#include "unpack.h"
 
 namespace d3net {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using MaybeTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "d3net_kernels: dtype must be float32, float64, bfloat16 or float16");
-}
-
-inline View view_of(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-inline Weight weight_of(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-/// d3net_kernels/_layout.py holds the same rule for the fake kernels.
-inline bool is_channels_last(const Tensor& t) {
-  return t.stride(1) == 1 && t.size(1) > 1 && t.size(2) * t.size(3) > 1;
-}
 
 inline void advise_large_pages(const Tensor& t) {
   cpu::advise_large_pages(t.data_ptr(), static_cast<size_t>(t.numel() * t.element_size()));
 }
 
-inline Tensor new_empty(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
-                        bool channels_last) {
-  const Ints size{n, c, h, w};
-  const Ints stride = channels_last ? Ints{c * h * w, 1, w * c, c} : Ints{c * h * w, h * w, w, 1};
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(size),
-                                    from(stride),
-                                    from(std::optional<ScalarType>(like.scalar_type())),
-                                    from(std::nullopt),
-                                    from(std::optional<torch::stable::Device>(like.device())),
-                                    from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-  Tensor t = torch::stable::detail::to<Tensor>(stack[0]);
+/// A result about to be filled.
+inline Tensor new_output(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
+                         bool channels_last) {
+  Tensor t = new_empty(like, n, c, h, w, channels_last);
   advise_large_pages(t);
   return t;
-}
-
-inline Tensor new_empty_like(const Tensor& t) {
-  return new_empty(t, t.size(0), t.size(1), t.size(2), t.size(3), is_channels_last(t));
 }
 
 /// A vector of coefficients in the accumulation type.

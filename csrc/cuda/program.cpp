@@ -1,0 +1,424 @@
+#include "program.h"
+
+#include <string>
+#include <vector>
+
+#include "tables.h"
+
+namespace d3net::cuda {
+namespace {
+
+const char* suffix_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32: return "_float32";
+    case DType::float64: return "_float64";
+    case DType::bfloat16: return "_bfloat16";
+    case DType::float16: return "_float16";
+  }
+  return "";
+}
+
+bool is_double(DType dtype) { return dtype == DType::float64; }
+int64_t accumulator_bytes(DType dtype) { return is_double(dtype) ? 8 : 4; }
+int64_t element_bytes(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+/// `v` as a dense array of the accumulation type; null for null.
+const void* widened(Device& device, const Vector& v, DType problem, int64_t size) {
+  if (!v.data) return nullptr;
+  void* to = device.allocate(size * accumulator_bytes(problem));
+  launch(device, "widen_coefficients", divide_up(size, kThreads), kThreads,
+         Widen{v, to, is_double(problem), size});
+  return to;
+}
+
+Weight weight_from_channel(const Problem& p, int64_t channel) {
+  Weight part = p.weight;
+  part.data =
+      static_cast<const char*>(part.data) + channel * part.stride_c * element_bytes(p.dtype);
+  return part;
+}
+
+/// The same taps seen from the input: outputs and channels swapped, both axes reversed.
+Weight transposed(const Problem& p, const Weight& w) {
+  const int64_t last = (p.kernel_h - 1) * w.stride_h + (p.kernel_w - 1) * w.stride_w;
+  return {static_cast<const char*>(w.data) + last * element_bytes(p.dtype), w.stride_c, w.stride_k,
+          -w.stride_h, -w.stride_w};
+}
+
+/// What all convolution kernels take of a problem.
+template <class Params>
+Params params_of(Device& device, const Problem& p, const Coefficients& c) {
+  Params params{};
+  params.scale = widened(device, c.scale, p.dtype, p.in_channels);
+  params.shift = widened(device, c.shift, p.dtype, p.in_channels);
+  params.relu = p.psi.relu;
+  params.batch = p.batch, params.height = p.height, params.width = p.width;
+  params.kernel_h = p.kernel_h, params.kernel_w = p.kernel_w;
+  return params;
+}
+
+/// Several convolutions of one launch, forward or backward.
+class DirectConvolutions {
+ public:
+  explicit DirectConvolutions(const Problem& p) : p_(p) {}
+
+  /// Numbers its tiles of outputs and its packed weights after those of the ones before.
+  void append(Convolution c, const Source* sources) {
+    c.first_source = static_cast<int64_t>(sources_.size());
+    sources_.insert(sources_.end(), sources, sources + c.num_sources);
+    c.first_tile = tiles_;
+    c.packed = packed_;
+    tiles_ += divide_up(c.out_channels, kDirectOutputs);
+    packed_ += c.in_channels * p_.kernel_h * p_.kernel_w * round_up(c.out_channels, kDirectOutputs);
+    convolutions_.push_back(c);
+  }
+  bool empty() const { return convolutions_.empty(); }
+  int64_t parts() const { return divide_up(p_.batch * p_.height * p_.width, kDirectTile); }
+
+  /// Uploads the tables, packs the weights and launches `kernel`.
+  void run(Device& device, const std::string& kernel, Convolve params) const {
+    Tables tables;
+    tables.add(convolutions_, &params.convolutions);
+    tables.add(sources_, &params.sources);
+    tables.upload(device);
+    void* weights = device.allocate(packed_ * accumulator_bytes(p_.dtype));
+    params.weights = weights;
+    launch(device, "pack_weights", divide_up(packed_, kThreads), kThreads,
+           Pack{params.convolutions, static_cast<int64_t>(convolutions_.size()), p_.kernel_h,
+                p_.kernel_w, p_.dtype, weights, packed_});
+    params.num_tiles = tiles_;
+    launch(device, kernel + suffix_of(p_.dtype), parts() * tiles_, kDirectThreads, params);
+  }
+
+ private:
+  const Problem& p_;
+  std::vector<Convolution> convolutions_;
+  std::vector<Source> sources_;
+  int64_t tiles_ = 0, packed_ = 0;
+};
+
+/// The same for the tensor-core kernels: every convolution in jobs of up to 8 * tile.tiles outputs.
+class TensorConvolutions {
+ public:
+  TensorConvolutions(const Problem& p, TensorTile tile) : p_(p), tile_(tile) {}
+
+  /// `psi`: whether the sources pass through it; `channel`: of the convolution's first output.
+  void append(const Convolution& c, const Source* sources, bool psi, int64_t partial_channel) {
+    for (int64_t first = 0; first < c.out_channels; first += 8 * tile_.tiles) {
+      const int64_t outputs = std::min<int64_t>(8 * tile_.tiles, c.out_channels - first);
+      Job job{};
+      job.first_stage = static_cast<int32_t>(stages_.size());
+      job.outputs = static_cast<int32_t>(outputs);
+      job.partial_channel = static_cast<int32_t>(partial_channel + first);
+      job.out = from_channel(c.out, first);
+      job.x = from_channel(c.x, first);
+      job.channel = c.channel + first;
+      int64_t channel = 0;
+      for (int64_t i = 0; i < c.num_sources; ++i) {
+        for (int64_t in = 0; in < sources[i].channels; in += kChunk)
+          append_chunk(c, sources[i], first, outputs, channel, in, psi);
+        channel += sources[i].channels;
+      }
+      job.num_stages = static_cast<int32_t>(stages_.size()) - job.first_stage;
+      jobs_.push_back(job);
+    }
+  }
+  int64_t blocks_of_map() const {
+    return p_.batch * divide_up(p_.height, tile_.rows) * divide_up(p_.width, kColumns);
+  }
+
+  void run(Device& device, std::string kernel, const Coefficients& c, TensorConvolve params) const {
+    PackChunks pack{};
+    Tables tables;
+    tables.add(chunks_, &pack.chunks);
+    tables.add(stages_, &params.stages);
+    tables.add(jobs_, &params.jobs);
+    tables.upload(device);
+    pack.num_chunks = static_cast<int64_t>(chunks_.size());
+    pack.tiles = tile_.tiles;
+    pack.dtype = p_.dtype;
+    pack.scale = c.scale, pack.shift = c.shift;
+    const int64_t size = pack.num_chunks * 9 * tap_slots(tile_.tiles) * 8;
+    pack.weights = device.allocate(size * 2);
+    pack.coefficients = static_cast<float*>(device.allocate(pack.num_chunks * 32 * 4));
+    launch(device, "pack_weight_chunks", divide_up(size, kThreads), kThreads, pack);
+    params.num_jobs = static_cast<int32_t>(jobs_.size());
+    params.tiles_h = static_cast<int32_t>(divide_up(p_.height, tile_.rows));
+    params.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
+    params.height = static_cast<int32_t>(p_.height);
+    params.width = static_cast<int32_t>(p_.width);
+    params.weights = pack.weights, params.coefficients = pack.coefficients;
+    params.wide_stores = p_.width % 8 == 0;
+    for (const Job& job : jobs_)
+      params.wide_stores &= reinterpret_cast<uintptr_t>(job.out.data) % 16 == 0 &&
+                            job.out.stride_h % 8 == 0 && job.out.stride_c % 8 == 0 &&
+                            job.out.stride_n % 8 == 0;
+    kernel += "_" + std::to_string(tile_.tiles) + "x" + std::to_string(tile_.rows);
+    launch(device, kernel + suffix_of(p_.dtype), blocks_of_map() * params.num_jobs, 32 * kWarps,
+           params, tensor_shared_bytes(tile_.tiles, tile_.rows));
+  }
+
+ private:
+  View from_channel(View v, int64_t channel) const {
+    if (v.data) v.data = static_cast<char*>(v.data) + 2 * channel * v.stride_c;
+    return v;
+  }
+  void append_chunk(const Convolution& c, const Source& source, int64_t output, int64_t outputs,
+                    int64_t first_of_source, int64_t in, bool psi) {
+    const int64_t channels = std::min<int64_t>(kChunk, source.channels - in);
+    Chunk chunk{c.weight, psi ? first_of_source + in : -1, static_cast<int32_t>(channels),
+                static_cast<int32_t>(outputs)};
+    chunk.weight.data =
+        static_cast<const char*>(c.weight.data) +
+        2 * (output * c.weight.stride_k + (first_of_source + in) * c.weight.stride_c);
+    Stage stage{};
+    stage.channels = static_cast<int32_t>(channels);
+    stage.chunk = static_cast<int32_t>(chunks_.size());
+    stage.data = from_channel(source.x, in).data;
+    stage.stride_n = source.x.stride_n, stage.stride_c = source.x.stride_c;
+    stage.stride_h = source.x.stride_h;
+    append_stages(stages_, stage, source.dilation_h, source.dilation_w, tile_, p_);
+    chunks_.push_back(chunk);
+  }
+
+  const Problem& p_;
+  TensorTile tile_;
+  std::vector<Stage> stages_;
+  std::vector<Job> jobs_;
+  std::vector<Chunk> chunks_;
+};
+
+/// The weight gradient on tensor cores: a job for every chunk of channels, row of taps (or tap,
+/// where the dilation is wide) and block of outputs.
+class TensorWeightJobs {
+ public:
+  explicit TensorWeightJobs(const Problem& p) : p_(p) {
+    int64_t channel = 0;
+    for (int64_t i = 0; i < p.num_sources; ++i) {
+      const Source& source = p.sources[i];
+      for (int64_t in = 0; in < source.channels; in += kChunk)
+        append_chunk(source, channel + in, in);
+      channel += source.channels;
+    }
+  }
+
+  /// Sums the parts' gradients into memory it allocates; returns it and their number.
+  float* run(Device& device, const Coefficients& c, const View& gradient, int64_t* parts) const {
+    TensorWeightGradient params{};
+    PackChunks pack{};
+    Tables tables;
+    tables.add(chunks_, &pack.chunks);
+    tables.add(stages_, &params.map.stages);
+    tables.add(jobs_, &params.jobs);
+    tables.upload(device);
+    pack.num_chunks = static_cast<int64_t>(chunks_.size());
+    pack.tiles = 1;  // the coefficients only are of use, their weights are few
+    pack.dtype = p_.dtype;
+    pack.scale = c.scale, pack.shift = c.shift;
+    const int64_t size = pack.num_chunks * 9 * tap_slots(1) * 8;
+    pack.weights = device.allocate(size * 2);
+    pack.coefficients = static_cast<float*>(device.allocate(pack.num_chunks * 32 * 4));
+    launch(device, "pack_weight_chunks", divide_up(size, kThreads), kThreads, pack);
+    params.map.coefficients = pack.coefficients;
+    params.map.tiles_h = static_cast<int32_t>(divide_up(p_.height, kWeightRows));
+    params.map.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
+    params.map.height = static_cast<int32_t>(p_.height);
+    params.map.width = static_cast<int32_t>(p_.width);
+    params.gradient = gradient;
+    params.num_jobs = static_cast<int32_t>(jobs_.size());
+    params.num_tiles = static_cast<int32_t>(p_.batch) * params.map.tiles_h * params.map.tiles_w;
+    *parts = tensor_gradient_parts(params.num_jobs, params.num_tiles, device.arch());
+    params.parts = static_cast<int32_t>(*parts);
+    params.outputs = static_cast<int32_t>(p_.out_channels);
+    params.columns = p_.in_channels * 9 + 1;
+    params.partial =
+        static_cast<float*>(device.allocate(*parts * p_.out_channels * params.columns * 4));
+    launch(device,
+           std::string(p_.psi.relu ? "tensor_weight_relu" : "tensor_weight") + suffix_of(p_.dtype),
+           *parts * params.num_jobs, 32 * kWarps, params, weight_shared_bytes());
+    return params.partial;
+  }
+
+ private:
+  void append_chunk(const Source& source, int64_t channel, int64_t in) {
+    const auto channels = static_cast<int32_t>(std::min<int64_t>(kChunk, source.channels - in));
+    chunks_.push_back({p_.weight, channel, channels, 0});
+    const bool vertical = source.dilation_h < p_.height, horizontal = source.dilation_w < p_.width;
+    const bool band = source.dilation_w <= kWidestBand && horizontal;
+    const auto d = static_cast<int32_t>(horizontal ? source.dilation_w
+                                        : vertical ? source.dilation_h
+                                                   : 0);
+    const Kinds kinds = kinds_of(kWeightRows);
+    int kind = 0;
+    while (kinds.kind[kind].taps != (band ? Taps::row : Taps::one) ||
+           (band && kinds.kind[kind].halo != kinds.halo_for(d)))
+      ++kind;
+    for (int r = 0; r < 3; ++r)
+      for (int s = 0; s < (band ? 1 : 3); ++s) {
+        Stage stage{};
+        stage.kind = kind;
+        stage.channels = channels;
+        stage.row = (r - 1) * d;
+        stage.column = (band ? 0 : (s - 1) * d) - kinds.kind[kind].halo;
+        stage.dilation = d;
+        stage.chunk = static_cast<int32_t>(chunks_.size()) - 1;
+        stage.data = static_cast<const char*>(source.x.data) + 2 * in * source.x.stride_c;
+        stage.stride_n = source.x.stride_n, stage.stride_c = source.x.stride_c;
+        stage.stride_h = source.x.stride_h;
+        stages_.push_back(stage);
+        const bool live = (r == 1 || vertical) && (band || s == 1 || horizontal);
+        for (int64_t k = 0; k < p_.out_channels; k += 8 * kMostTiles) {
+          const bool bias = channel == 0 && r == 1 && s == (band ? 0 : 1);
+          jobs_.push_back(
+              {static_cast<int32_t>(stages_.size()) - 1, band ? 3 : 1, live, bias,
+               static_cast<int32_t>(k),
+               static_cast<int32_t>(std::min<int64_t>(8 * kMostTiles, p_.out_channels - k)),
+               channel * 9 + r * 3 + s});
+        }
+      }
+  }
+
+  const Problem& p_;
+  std::vector<Chunk> chunks_;
+  std::vector<Stage> stages_;
+  std::vector<WeightJob> jobs_;
+};
+
+/// Whether the tensor-core kernels take the problem and every map of it, given by `maps`.
+bool on_tensor_cores(const Device& device, const Problem& p, const std::vector<View>& maps) {
+  return !tensor_refuses(p, device.arch()) && std::all_of(maps.begin(), maps.end(), tensor_takes);
+}
+
+/// First stage of the weight gradient; returns the parts' sums and their number.
+const void* direct_backward_weight(Device& device, const Problem& p, const Coefficients& c,
+                                   const View& gradient, int64_t columns, int64_t* parts) {
+  WeightGradient params = params_of<WeightGradient>(device, p, c);
+  Tables tables;
+  tables.add(std::vector<Source>(p.sources, p.sources + p.num_sources), &params.sources);
+  tables.upload(device);
+  params.num_sources = p.num_sources;
+  params.gradient = gradient;
+  params.out_channels = p.out_channels, params.in_channels = p.in_channels;
+  params.parts = *parts = direct_gradient_parts(p, device.arch());
+  params.partial = device.allocate(*parts * p.out_channels * columns * accumulator_bytes(p.dtype));
+  const int64_t groups = p.in_channels * divide_up(p.kernel_h * p.kernel_w, kGradientTaps) + 1;
+  launch(device, std::string("direct_backward_weight") + suffix_of(p.dtype),
+         groups * divide_up(p.out_channels, kGradientOutputs) * *parts, kDirectThreads, params);
+  return params.partial;
+}
+
+}  // namespace
+
+void forward(Device& device, Problem p, const Coefficients& coefficients, const View& out,
+             const Moments& moments) {
+  const Convolution layer{
+      0, p.num_sources, p.in_channels, p.out_channels, 0, p.weight, 0, out, View{}, 0};
+  const void* bias = widened(device, coefficients.bias, p.dtype, p.out_channels);
+  void* partial = nullptr;
+  int64_t parts = 0;
+  auto allocate_partial = [&](int64_t number) {
+    parts = number;
+    if (moments.mean.data)
+      partial = device.allocate(parts * p.out_channels * 3 * accumulator_bytes(p.dtype));
+  };
+  std::vector<View> maps{out};
+  for (int64_t i = 0; i < p.num_sources; ++i) maps.push_back(p.sources[i].x);
+  if (on_tensor_cores(device, p, maps)) {
+    TensorConvolutions convolutions(p, tensor_tile(tensor_tiles({p.out_channels})));
+    convolutions.append(layer, p.sources, true, 0);
+    allocate_partial(convolutions.blocks_of_map() * kWarps);
+    TensorConvolve params{};
+    params.bias = static_cast<const float*>(bias);
+    params.partial = static_cast<float*>(partial), params.partial_channels = p.out_channels;
+    convolutions.run(device, p.psi.relu ? "tensor_forward_relu" : "tensor_forward", coefficients,
+                     params);
+  } else {
+    DirectConvolutions convolutions(p);
+    convolutions.append(layer, p.sources);
+    allocate_partial(convolutions.parts());
+    Convolve params = params_of<Convolve>(device, p, coefficients);
+    params.bias = bias;
+    params.partial = partial, params.partial_channels = p.out_channels;
+    convolutions.run(device, "direct_forward", params);
+  }
+  if (moments.mean.data)
+    launch(device, "finish_channel_moments", divide_up(p.out_channels * 32, kThreads), kThreads,
+           FinishMoments{partial, is_double(p.dtype), parts, p.batch * p.height * p.width,
+                         p.out_channels, moments.mean, moments.variance});
+}
+
+void backward_data(Device& device, Problem p, const Coefficients& coefficients,
+                   const View& gradient, const View* grad_inputs, const Coefficients& sums) {
+  // A convolution of the gradient for each source that needs one.
+  std::vector<Convolution> wanted;
+  std::vector<Source> operands;
+  std::vector<View> maps{gradient};
+  std::vector<int64_t> outputs;
+  int64_t channel = 0;
+  for (int64_t i = 0; i < p.num_sources; ++i) {
+    const Source& s = p.sources[i];
+    if (grad_inputs[i].data || sums.scale.data) {
+      wanted.push_back({0, 1, p.out_channels, s.channels, 0,
+                        transposed(p, weight_from_channel(p, channel)), 0, grad_inputs[i], s.x,
+                        channel});
+      operands.push_back({gradient, p.out_channels, s.dilation_h, s.dilation_w});
+      outputs.push_back(s.channels);
+      maps.push_back(s.x);
+      if (grad_inputs[i].data) maps.push_back(grad_inputs[i]);
+    }
+    channel += s.channels;
+  }
+  if (wanted.empty()) return;
+  void* partial = nullptr;
+  int64_t parts = 0;
+  auto allocate_partial = [&](int64_t number) {
+    parts = number;
+    if (sums.scale.data)
+      partial = device.allocate(parts * p.in_channels * 2 * accumulator_bytes(p.dtype));
+  };
+  if (on_tensor_cores(device, p, maps)) {
+    TensorConvolutions convolutions(p, tensor_tile(tensor_tiles(outputs)));
+    for (size_t i = 0; i < wanted.size(); ++i)
+      convolutions.append(wanted[i], &operands[i], false, wanted[i].channel);
+    allocate_partial(convolutions.blocks_of_map());
+    TensorConvolve params{};
+    params.scale =
+        static_cast<const float*>(widened(device, coefficients.scale, p.dtype, p.in_channels));
+    params.shift =
+        static_cast<const float*>(widened(device, coefficients.shift, p.dtype, p.in_channels));
+    params.relu = p.psi.relu;
+    params.partial = static_cast<float*>(partial), params.partial_channels = p.in_channels;
+    convolutions.run(device, "tensor_backward_data", coefficients, params);
+  } else {
+    DirectConvolutions convolutions(p);
+    for (size_t i = 0; i < wanted.size(); ++i) convolutions.append(wanted[i], &operands[i]);
+    allocate_partial(convolutions.parts());
+    Convolve params = params_of<Convolve>(device, p, coefficients);
+    params.partial = partial, params.partial_channels = p.in_channels;
+    convolutions.run(device, "direct_backward_data", params);
+  }
+  if (sums.scale.data)
+    launch(device, "finish_sums", divide_up(p.in_channels * 2, kFinishColumns),
+           kFinishColumns * kFinishLanes,
+           Finish{partial, is_double(p.dtype), parts, p.in_channels, 2, sums.scale, sums.shift});
+}
+
+void backward_weight(Device& device, Problem p, const Coefficients& coefficients,
+                     const View& gradient, void* weight, void* bias) {
+  const int64_t taps = p.kernel_h * p.kernel_w, columns = p.in_channels * taps + 1;
+  std::vector<View> maps{gradient};
+  for (int64_t i = 0; i < p.num_sources; ++i) maps.push_back(p.sources[i].x);
+  int64_t parts = 0;
+  const void* partial =
+      on_tensor_cores(device, p, maps)
+          ? TensorWeightJobs(p).run(device, coefficients, gradient, &parts)
+          : direct_backward_weight(device, p, coefficients, gradient, columns, &parts);
+  launch(device, "finish_sums", divide_up(p.out_channels * columns, kFinishColumns),
+         kFinishColumns * kFinishLanes,
+         Finish{partial, is_double(p.dtype), parts, p.out_channels, columns,
+                Vector{weight, 1, p.dtype}, Vector{bias, 1, p.dtype}});
+}
+
+}  // namespace d3net::cuda

@@ -1,0 +1,146 @@
+"""Every kernel of csrc/cuda, executed as PTX, against float64: the small cases of the grid, and
+those that the tensor-core kernels take.
+
+Their host program chooses the kernels, so these tests also say which path served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import grid
+import pytest
+import torch
+from torch import Tensor
+
+from d3net_kernels import numerics
+
+from . import toolchain
+from .cuda_program import Executed, Program
+
+pytestmark = pytest.mark.skipif(
+    bool(toolchain.why_no_nvcc() or toolchain.why_no_engine()),
+    reason=str(toolchain.why_no_nvcc() or toolchain.why_no_engine()),
+)
+
+_HALF = torch.bfloat16
+# All of these fit the tensor-core kernels; between them every kind of stage, ragged in each way.
+TENSOR_CASES = [
+    grid.Case("ragged", channels=(20, 36, 5), out_channels=13, size=(1, 9, 72)),
+    grid.Case("dilations_1_to_32", channels=(16,) * 6, out_channels=16, size=(2, 16, 100)),
+    grid.Case(
+        "odd_dilations", channels=(17, 8), out_channels=9, size=(1, 20, 24), dilations=(3, 5)
+    ),
+    grid.Case(
+        "wide_dilations",
+        channels=(7, 3, 3),
+        out_channels=16,
+        size=(1, 7, 132),
+        dilations=(20, 64, 128),
+    ),
+    grid.Case("two_rows", channels=(7, 3, 3), out_channels=12, size=(3, 2, 32)),
+    grid.Case(
+        "one_row", channels=(7, 3, 3, 4), out_channels=16, size=(1, 1, 68), dilations=(1, 4, 16, 64)
+    ),
+    grid.Case(
+        "four_columns", channels=(7, 3, 3), out_channels=16, size=(1, 40, 4), dilations=(1, 4, 16)
+    ),
+    grid.Case(
+        "feature_buffer", channels=(12, 24), out_channels=10, size=(2, 10, 40), layout="shared"
+    ),
+]
+TENSOR_CASES = [replace(case, dtype=_HALF, psi="float32") for case in TENSOR_CASES]
+_SMALL = 40_000  # multiply-adds of a tap; larger cases are marked slow
+
+
+def _is_small(case: grid.Case) -> bool:
+    n, h, w = case.size
+    return n * h * w * sum(case.channels) * case.out_channels <= _SMALL
+
+
+def check(case: grid.Case, generator: torch.Generator, launch: Executed) -> None:
+    problem = case.problem(generator)
+    results = Program(launch).results(problem, moments=True)
+    mean, variance = results.pop("mean"), results.pop("variance")
+    grid.assert_right(problem, results)
+    out = results["out"].to(mean.dtype)
+    true_variance, true_mean = torch.var_mean(out, (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, true_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(variance, true_variance, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=() if _is_small(case) else pytest.mark.slow)
+        for case in grid.CASES
+        if case.name[:5] not in ("needs", "no_ba", "no_ro", "no_co")
+    ],
+)
+def test_grid(case: grid.Case, generator: torch.Generator) -> None:
+    check(case, generator, Executed())
+
+
+@pytest.mark.parametrize("case", TENSOR_CASES, ids=lambda case: case.name)
+def test_tensor_cores(case: grid.Case, generator: torch.Generator) -> None:
+    launch = Executed()
+    check(case, generator, launch)
+    assert {"tensor_forward_relu", "tensor_backward_data"} <= {
+        kernel.rsplit("_", 2)[0] for kernel in launch.counters
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("outputs", [3, 13, 24, 32, 36, 72])
+def test_every_tile(
+    dtype: torch.dtype, relu: bool, outputs: int, generator: torch.Generator
+) -> None:
+    case = replace(TENSOR_CASES[0], dtype=dtype, relu=relu, out_channels=outputs)
+    check(case, generator, Executed())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_not_finite(value: float, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """NaN passes the ReLU and infinity stays, in the pixels that see them and in no other."""
+    case = grid.Case("", channels=(4, 3), size=(2, 9, 12), dtype=dtype, needs=())
+    problem = case.problem(generator)
+    problem.inputs[0][0, 1, 3, 4] = value
+    problem.inputs[1][1, 2, 0, 0] = value
+    grid.assert_right(problem, Program(Executed()).results(problem))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_in_any_order(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Nothing hangs on which warp, lane, block or copy comes first: no race, no float atomic."""
+    case = grid.Case(
+        "", channels=(20, 9), out_channels=7, size=(2, 11, 76), dtype=dtype, psi="float32"
+    )
+    problem = case.problem(generator)
+    once = Program(Executed()).results(problem, moments=True)
+    for options in (
+        {"order": "reverse", "blocks": "reverse", "cp_async": "early"},
+        {"order": "random", "blocks": "random", "cp_async": "random", "seed": 1},
+        {"lanes": "random", "seed": 2},
+    ):
+        again = Program(Executed(**options)).results(problem, moments=True)
+        for name, t in once.items():
+            assert _same_bits(t, again[name]), f"{name} differs with {options}"
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+
+
+def test_mean_far_from_zero(generator: torch.Generator) -> None:
+    """The variance of outputs around a mean a thousand deviations away."""
+    case = grid.Case("", channels=(4,), out_channels=3, size=(2, 16, 64), psi=None, needs=())
+    problem = case.problem(generator)
+    assert problem.bias is not None
+    problem.bias.fill_(1e4)
+    results = Program(Executed()).results(problem, moments=True)
+    variance = results["out"].double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(results["variance"].double(), variance, rtol=1e-4, atol=0)
+    assert max(numerics.error_ratios(problem, {"out": results["out"]}).values()) <= 1
