@@ -153,8 +153,8 @@ def resources(ptx: str, arch: str) -> dict[str, Resources]:
         with tempfile.TemporaryDirectory() as folder:
             text = Path(folder) / "kernel.ptx"
             text.write_text(ptx)
-            command = [toolkit.ptxas, "-v", f"-arch={arch}", text, "-o", Path(folder) / "out"]
-            out.write_text(run(command))
+            binary = Path(folder) / "kernel.cubin"
+            out.write_text(run([toolkit.ptxas, "-v", f"-arch={arch}", text, "-o", binary]))
 
     report = cached(f"ptxas-{arch}-{key}.txt", assemble).read_text()
     found = {}
