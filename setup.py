@@ -91,6 +91,8 @@ def extension_arguments() -> dict[str, Any]:
         raise BinaryUnavailableError(f"torch {torch.__version__} is older than 2.10")
 
     class Build(BuildExtension):
+        extensions: list[Any]
+
         def finalize_options(self) -> None:
             super().finalize_options()
             # An editable install would build in a fresh temporary folder each time:
@@ -105,8 +107,7 @@ def extension_arguments() -> dict[str, Any]:
                 raise BinaryUnavailableError(f"the C++ build failed ({error})") from error
 
         def build_extensions(self) -> None:
-            both: list[Any] = self.extensions
-            self.extensions = [binary]
+            both, self.extensions = self.extensions, [binary]
             super().build_extensions()
             if len(both) > 1:
                 try:

@@ -84,7 +84,7 @@ class Layer:
 
 def _with_backend(name: str) -> Callable[..., Tensor]:
     def form(*arguments: object, **named: object) -> Tensor:
-        with dk.use_backend(name):  # type: ignore[arg-type]
+        with dk.use_backend(name):
             return dk.multidilated_conv2d(*arguments, **named)  # type: ignore[arg-type]
 
     return form

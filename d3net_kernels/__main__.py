@@ -15,12 +15,15 @@ from . import __version__, _binary, backends, numerics
 from .backends import cuda
 from .functional import multidilated_conv2d
 
+_ON_GPU = ("cuda", "triton")
 # Sources' channels, growth rate, (N, H, W): odd sizes, one source, dilations beyond the map.
-_VERIFIED = (
+VERIFIED = (
     ([5], 7, (2, 9, 11)),
     ([16, 12, 12], 12, (1, 17, 24)),
     ([7, 3, 3, 3, 3, 3], 3, (2, 6, 35)),
 )
+# For every tile of the tensor-core kernels a layer whose gradients take the same one.
+VERIFIED_ON_GPU = tuple(([c, c], c, (2, 18, 72)) for c in (8, 16, 24, 32, 40))
 
 
 def info() -> int:
@@ -59,7 +62,12 @@ def verify() -> int:
             continue
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             start = time.perf_counter()
-            ratio = max(_worst_ratio(name, dtype, generator, *shape) for shape in _VERIFIED)
+            shapes = (*VERIFIED, *VERIFIED_ON_GPU) if name in _ON_GPU else VERIFIED
+            ratio = max(
+                _worst_ratio(name, dtype, generator, *shape, relu)
+                for shape in shapes
+                for relu in ((True, False) if name in _ON_GPU else (True,))
+            )
             seconds = time.perf_counter() - start
             verdict = "ok" if ratio <= 1 else "WRONG"
             wrong += ratio > 1
@@ -77,11 +85,12 @@ def _worst_ratio(
     channels: list[int],
     out_channels: int,
     size: tuple[int, int, int],
+    relu: bool,
 ) -> float:
     problem = numerics.random_problem(
-        channels, out_channels, size, generator=generator, dtype=dtype, psi_dtype=dtype
+        channels, out_channels, size, generator=generator, dtype=dtype, psi_dtype=dtype, relu=relu
     )
-    if backend in ("cuda", "triton"):
+    if backend in _ON_GPU:
         problem = problem.map(Tensor.cuda)
     with backends.use_backend(backend):
         results = numerics.results_of(multidilated_conv2d, problem)

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("csrc", "d3net", "d3net_kernels", "setup.py", "pyproject.toml", "MANIFEST.in")
@@ -87,7 +88,7 @@ def test_binary_can_be_required(tree: Path, without_torch: dict[str, str]) -> No
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_wheel_holds_one_binary_for_all_pythons(tree: Path) -> None:
-    done = build(tree, "build_wheel", D3NET_KERNELS_REQUIRE_BINARY="1")
+    done = build(tree, "build_wheel", D3NET_KERNELS_REQUIRE_BINARY="1", D3NET_KERNELS_CUDA="0")
     assert done.returncode == 0, done.stderr
     wheel = only_wheel(tree)
     assert "-cp310-abi3-" in wheel.name
@@ -95,6 +96,29 @@ def test_wheel_holds_one_binary_for_all_pythons(tree: Path) -> None:
     assert [name for name in names if name.endswith(".so")] == ["d3net_kernels/_C.abi3.so"]
     assert {"d3net/py.typed", "d3net_kernels/py.typed"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_cuda_that_cannot_be_built_leaves_the_cpu_binary(tree: Path) -> None:
+    asked = {"D3NET_KERNELS_CUDA": "1", "CUDA_HOME": str(tree / "no-such-toolkit")}
+    done = build(tree, "build_wheel", **asked)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "no CUDA kernels" in line)
+    assert "no-such-toolkit" in line or "build without CUDA" in line
+    names = zipfile.ZipFile(only_wheel(tree)).namelist()
+    assert [name for name in names if name.endswith(".so")] == ["d3net_kernels/_C.abi3.so"]
+
+
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None or torch.version.cuda is None,
+    reason="needs nvcc and a CUDA build of torch",
+)
+def test_cuda_binary_is_built_where_it_is_asked_for(tree: Path) -> None:
+    asked = {"D3NET_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    done = build(tree, "build_wheel", D3NET_KERNELS_REQUIRE_BINARY="1", **asked)
+    assert done.returncode == 0, done.stderr
+    names = zipfile.ZipFile(only_wheel(tree)).namelist()
+    assert "d3net_kernels/_C_cuda.abi3.so" in names
 
 
 def test_sdist_holds_the_kernels(tree: Path, without_torch: dict[str, str]) -> None:

@@ -60,8 +60,11 @@ def _toolkit_for(torch: Any) -> Path:
     if not asked and not torch.cuda.is_available():
         raise CudaUnavailableError(f"no GPU is here; {SWITCH}=1 builds for one elsewhere")
     home = toolkit()
-    nvcc = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True)
-    version = re.search(r"release (\d+)\.\d+", nvcc.stdout)
+    nvcc = home / "bin" / "nvcc"
+    if not nvcc.exists():
+        raise CudaUnavailableError(f"there is no {nvcc}; set CUDA_HOME to the toolkit's root")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+)\.\d+", said)
     if version is None or version[1] != torch.version.cuda.split(".")[0]:
         found = "no nvcc" if version is None else version[0]
         raise CudaUnavailableError(f"{home} has {found}, torch was built with {torch.version.cuda}")

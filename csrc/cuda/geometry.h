@@ -156,4 +156,32 @@ struct TensorConvolve {
   int64_t partial_channels;
 };
 
+constexpr int kWeightRows = 4;  // of a tile of the weight gradient, one a warp
+
+/// Dynamic shared memory of the weight gradient: two tiles of a source and of the gradient.
+constexpr int weight_shared_bytes() {
+  return 2 * (16 * most_slots(kWeightRows) + 8 * kMostTiles * (kWeightRows * kColumns * 2 + 16));
+}
+
+/// What a block of the weight gradient sums: one row of taps of a stage's channels.
+struct WeightJob {
+  int32_t stage;
+  int32_t taps;  // 3, or 1 of a dilation too wide for a band
+  int32_t live;  // 0: they see padding only, their gradient is zero
+  int32_t bias;  // 1: this block also sums the gradient itself
+  int32_t first_output, outputs;
+  int64_t first_column;  // of the first channel and tap
+};
+
+/// First stage of the weight gradient on tensor cores.
+struct TensorWeightGradient {
+  TensorConvolve map;  // stages, coefficients and sizes
+  View gradient;
+  const WeightJob* jobs;
+  int32_t num_jobs, num_tiles, parts;
+  int32_t outputs;
+  int64_t columns;
+  float* partial;  // [part][outputs][columns]
+};
+
 }  // namespace d3net::cuda

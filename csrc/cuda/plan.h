@@ -119,4 +119,9 @@ inline void append_stages(std::vector<Stage>& to, Stage stage, int64_t dilation_
     }
 }
 
+/// Parts of the map for the tensor-core weight gradient: two blocks a multiprocessor over all jobs.
+inline int64_t tensor_gradient_parts(int64_t jobs, int64_t tiles, const Arch& arch) {
+  return std::clamp<int64_t>(divide_up(int64_t{2} * arch.multiprocessors, jobs), 1, tiles);
+}
+
 }  // namespace d3net::cuda

@@ -190,9 +190,123 @@ class TensorConvolutions {
   std::vector<Chunk> chunks_;
 };
 
+/// The weight gradient on tensor cores: a job for every chunk of channels, row of taps (or tap,
+/// where the dilation is wide) and block of outputs.
+class TensorWeightJobs {
+ public:
+  explicit TensorWeightJobs(const Problem& p) : p_(p) {
+    int64_t channel = 0;
+    for (int64_t i = 0; i < p.num_sources; ++i) {
+      const Source& source = p.sources[i];
+      for (int64_t in = 0; in < source.channels; in += kChunk)
+        append_chunk(source, channel + in, in);
+      channel += source.channels;
+    }
+  }
+
+  /// Sums the parts' gradients into memory it allocates; returns it and their number.
+  float* run(Device& device, const Coefficients& c, const View& gradient, int64_t* parts) const {
+    TensorWeightGradient params{};
+    PackChunks pack{};
+    Tables tables;
+    tables.add(chunks_, &pack.chunks);
+    tables.add(stages_, &params.map.stages);
+    tables.add(jobs_, &params.jobs);
+    tables.upload(device);
+    pack.num_chunks = static_cast<int64_t>(chunks_.size());
+    pack.tiles = 1;  // the coefficients only are of use, their weights are few
+    pack.dtype = p_.dtype;
+    pack.scale = c.scale, pack.shift = c.shift;
+    const int64_t size = pack.num_chunks * 9 * tap_slots(1) * 8;
+    pack.weights = device.allocate(size * 2);
+    pack.coefficients = static_cast<float*>(device.allocate(pack.num_chunks * 32 * 4));
+    launch(device, "pack_weight_chunks", divide_up(size, kThreads), kThreads, pack);
+    params.map.coefficients = pack.coefficients;
+    params.map.tiles_h = static_cast<int32_t>(divide_up(p_.height, kWeightRows));
+    params.map.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
+    params.map.height = static_cast<int32_t>(p_.height);
+    params.map.width = static_cast<int32_t>(p_.width);
+    params.gradient = gradient;
+    params.num_jobs = static_cast<int32_t>(jobs_.size());
+    params.num_tiles = static_cast<int32_t>(p_.batch) * params.map.tiles_h * params.map.tiles_w;
+    *parts = tensor_gradient_parts(params.num_jobs, params.num_tiles, device.arch());
+    params.parts = static_cast<int32_t>(*parts);
+    params.outputs = static_cast<int32_t>(p_.out_channels);
+    params.columns = p_.in_channels * 9 + 1;
+    params.partial =
+        static_cast<float*>(device.allocate(*parts * p_.out_channels * params.columns * 4));
+    launch(device,
+           std::string(p_.psi.relu ? "tensor_weight_relu" : "tensor_weight") + suffix_of(p_.dtype),
+           *parts * params.num_jobs, 32 * kWarps, params, weight_shared_bytes());
+    return params.partial;
+  }
+
+ private:
+  void append_chunk(const Source& source, int64_t channel, int64_t in) {
+    const auto channels = static_cast<int32_t>(std::min<int64_t>(kChunk, source.channels - in));
+    chunks_.push_back({p_.weight, channel, channels, 0});
+    const bool vertical = source.dilation_h < p_.height, horizontal = source.dilation_w < p_.width;
+    const bool band = source.dilation_w <= kWidestBand && horizontal;
+    const auto d = static_cast<int32_t>(horizontal ? source.dilation_w
+                                        : vertical ? source.dilation_h
+                                                   : 0);
+    const Kinds kinds = kinds_of(kWeightRows);
+    int kind = 0;
+    while (kinds.kind[kind].taps != (band ? Taps::row : Taps::one) ||
+           (band && kinds.kind[kind].halo != kinds.halo_for(d)))
+      ++kind;
+    for (int r = 0; r < 3; ++r)
+      for (int s = 0; s < (band ? 1 : 3); ++s) {
+        Stage stage{};
+        stage.kind = kind;
+        stage.channels = channels;
+        stage.row = (r - 1) * d;
+        stage.column = (band ? 0 : (s - 1) * d) - kinds.kind[kind].halo;
+        stage.dilation = d;
+        stage.chunk = static_cast<int32_t>(chunks_.size()) - 1;
+        stage.data = static_cast<const char*>(source.x.data) + 2 * in * source.x.stride_c;
+        stage.stride_n = source.x.stride_n, stage.stride_c = source.x.stride_c;
+        stage.stride_h = source.x.stride_h;
+        stages_.push_back(stage);
+        const bool live = (r == 1 || vertical) && (band || s == 1 || horizontal);
+        for (int64_t k = 0; k < p_.out_channels; k += 8 * kMostTiles) {
+          const bool bias = channel == 0 && r == 1 && s == (band ? 0 : 1);
+          jobs_.push_back(
+              {static_cast<int32_t>(stages_.size()) - 1, band ? 3 : 1, live, bias,
+               static_cast<int32_t>(k),
+               static_cast<int32_t>(std::min<int64_t>(8 * kMostTiles, p_.out_channels - k)),
+               channel * 9 + r * 3 + s});
+        }
+      }
+  }
+
+  const Problem& p_;
+  std::vector<Chunk> chunks_;
+  std::vector<Stage> stages_;
+  std::vector<WeightJob> jobs_;
+};
+
 /// Whether the tensor-core kernels take the problem and every map of it, given by `maps`.
 bool on_tensor_cores(const Device& device, const Problem& p, const std::vector<View>& maps) {
   return !tensor_refuses(p, device.arch()) && std::all_of(maps.begin(), maps.end(), tensor_takes);
+}
+
+/// First stage of the weight gradient; returns the parts' sums and their number.
+const void* direct_backward_weight(Device& device, const Problem& p, const Coefficients& c,
+                                   const View& gradient, int64_t columns, int64_t* parts) {
+  WeightGradient params = params_of<WeightGradient>(device, p, c);
+  Tables tables;
+  tables.add(std::vector<Source>(p.sources, p.sources + p.num_sources), &params.sources);
+  tables.upload(device);
+  params.num_sources = p.num_sources;
+  params.gradient = gradient;
+  params.out_channels = p.out_channels, params.in_channels = p.in_channels;
+  params.parts = *parts = direct_gradient_parts(p, device.arch());
+  params.partial = device.allocate(*parts * p.out_channels * columns * accumulator_bytes(p.dtype));
+  const int64_t groups = p.in_channels * divide_up(p.kernel_h * p.kernel_w, kGradientTaps) + 1;
+  launch(device, std::string("direct_backward_weight") + suffix_of(p.dtype),
+         groups * divide_up(p.out_channels, kGradientOutputs) * *parts, kDirectThreads, params);
+  return params.partial;
 }
 
 }  // namespace
@@ -294,23 +408,16 @@ void backward_data(Device& device, Problem p, const Coefficients& coefficients,
 void backward_weight(Device& device, Problem p, const Coefficients& coefficients,
                      const View& gradient, void* weight, void* bias) {
   const int64_t taps = p.kernel_h * p.kernel_w, columns = p.in_channels * taps + 1;
-  const int64_t groups = p.in_channels * divide_up(taps, kGradientTaps) + 1;
-  WeightGradient params = params_of<WeightGradient>(device, p, coefficients);
-  Tables tables;
-  tables.add(std::vector<Source>(p.sources, p.sources + p.num_sources), &params.sources);
-  tables.upload(device);
-  params.num_sources = p.num_sources;
-  params.gradient = gradient;
-  params.out_channels = p.out_channels, params.in_channels = p.in_channels;
-  params.parts = direct_gradient_parts(p, device.arch());
-  params.partial =
-      device.allocate(params.parts * p.out_channels * columns * accumulator_bytes(p.dtype));
-  launch(device, std::string("direct_backward_weight") + suffix_of(p.dtype),
-         groups * divide_up(p.out_channels, kGradientOutputs) * params.parts, kDirectThreads,
-         params);
+  std::vector<View> maps{gradient};
+  for (int64_t i = 0; i < p.num_sources; ++i) maps.push_back(p.sources[i].x);
+  int64_t parts = 0;
+  const void* partial =
+      on_tensor_cores(device, p, maps)
+          ? TensorWeightJobs(p).run(device, coefficients, gradient, &parts)
+          : direct_backward_weight(device, p, coefficients, gradient, columns, &parts);
   launch(device, "finish_sums", divide_up(p.out_channels * columns, kFinishColumns),
          kFinishColumns * kFinishLanes,
-         Finish{params.partial, is_double(p.dtype), params.parts, p.out_channels, columns,
+         Finish{partial, is_double(p.dtype), parts, p.out_channels, columns,
                 Vector{weight, 1, p.dtype}, Vector{bias, 1, p.dtype}});
 }
 

@@ -51,13 +51,16 @@ class Block {
 
  public:
   __device__ Block(const TensorConvolve& p, unsigned char* shared)
-      : p_(p), shared_(shared), base_(ptx::shared_address(shared)) {
-    int tile = blockIdx.x / p.num_jobs;
-    job_ = p.jobs + blockIdx.x % p.num_jobs;
-    column_ = tile % p.tiles_w * kColumns;
-    tile /= p.tiles_w;
-    row_ = tile % p.tiles_h * R;
-    n_ = tile / p.tiles_h;
+      : p_(p), shared_(shared), base_(ptx::shared_address(shared)) {}
+
+  /// This block's job and tile, by its number.
+  __device__ void take_job() {
+    int tile = blockIdx.x / p_.num_jobs;
+    job_ = p_.jobs + blockIdx.x % p_.num_jobs;
+    column_ = tile % p_.tiles_w * kColumns;
+    tile /= p_.tiles_w;
+    row_ = tile % p_.tiles_h * R;
+    n_ = tile / p_.tiles_h;
   }
 
   __device__ void convolve() {
@@ -84,7 +87,7 @@ class Block {
   __device__ void finish_forward();
   __device__ void finish_backward();
 
- private:
+ protected:      // the weight gradient stages its source in the same way
   struct Unit {  // kPixelsALoad pixels of one row that a thread loads, and their slot
     int row, column, slot;
     bool there;
@@ -118,6 +121,7 @@ class Block {
     const Stage& s = p_.stages[stage];
     const int half = threadIdx.x >> 1 & 1, channels = s.channels - 8 * half;
     const T* from = static_cast<const T*>(s.data) + n_ * s.stride_n + 8 * half * s.stride_c;
+    const int64_t channel_bytes = s.stride_c * static_cast<int64_t>(sizeof(T));
     with_kind<Tr>(s.kind, [&](auto k) {
 #pragma unroll
       for (int pass = 0; pass < kPrefetch; ++pass) {
@@ -125,14 +129,14 @@ class Block {
         const int h = row_ + s.row + u.row, w = column_ + s.column + u.column;
         inside_[pass] = u.there && h >= 0 && h < p_.height && w >= 0 && w < p_.width;
         if (!inside_[pass]) continue;
-        const T* pixels = from + h * s.stride_h + w;
+        const char* pixels = reinterpret_cast<const char*>(from + h * s.stride_h + w);
         if (channels >= 8) {
 #pragma unroll
-          for (int c = 0; c < 8; ++c, pixels += s.stride_c)
+          for (int c = 0; c < 8; ++c, pixels += channel_bytes)
             raw_[pass][c] = __ldg(reinterpret_cast<const uint2*>(pixels));
         } else {
 #pragma unroll
-          for (int c = 0; c < 8; ++c, pixels += s.stride_c)
+          for (int c = 0; c < 8; ++c, pixels += channel_bytes)
             raw_[pass][c] =
                 c < channels ? __ldg(reinterpret_cast<const uint2*>(pixels)) : uint2{0, 0};
         }
@@ -421,6 +425,7 @@ __device__ void Block<Tr>::finish_backward() {
 template <class T, int kTiles, int kRows>
 __device__ inline void backward_data(const TensorConvolve& p, unsigned char* shared) {
   Block<Traits<T, kTiles, kRows, false>> block(p, shared);
+  block.take_job();
   block.convolve();
   block.finish_backward();
 }
@@ -428,6 +433,7 @@ __device__ inline void backward_data(const TensorConvolve& p, unsigned char* sha
 template <class T, int kTiles, int kRows, bool kRelu>
 __device__ inline void forward(const TensorConvolve& p, unsigned char* shared) {
   Block<Traits<T, kTiles, kRows, kRelu>> block(p, shared);
+  block.take_job();
   block.convolve();
   block.finish_forward();
 }

@@ -109,6 +109,8 @@ def source_of(kernel: str) -> Path:
     family, *rest = kernel.split("_")
     if family == "direct":
         return CSRC / "cuda" / f"direct_{rest[-1]}.cu"
+    if family == "tensor" and rest[0] == "weight":
+        return CSRC / "cuda" / f"tensor_weight_{rest[-1]}.cu"
     if family == "tensor":
         return CSRC / "cuda" / f"tensor_{rest[-2]}_{rest[-1]}.cu"
     return CSRC / "cuda" / "common.cu"
