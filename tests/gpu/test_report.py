@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -50,21 +49,17 @@ def test_bounds_by_hand() -> None:
 
 
 def test_an_exceeded_budget_is_named() -> None:
-    kernel, by_arch = next(iter(BUDGET["static"].items()))
-    arch, allowed = next(iter(by_arch.items()))
-    figures = toolchain.Resources(**allowed)
-    counted = copy.deepcopy(BUDGET["counted"])
-    assert report.exceeded(BUDGET, {kernel: {arch: figures}}, counted) == []
-    spilling = replace(figures, spill_loads=figures.spill_loads + 8)
-    case, values = next(iter(counted.items()))
-    name = next(iter(values))
-    values[name] *= 1.01
-    problems = report.exceeded(BUDGET, {kernel: {arch: spilling}, "unheard_of": {}}, counted)
-    assert len(problems) == 2
-    assert f"{kernel} {arch}: spill_loads" in problems[0]
-    assert f"{case}: {name}" in problems[1]
-    missing = report.exceeded(BUDGET, {"unheard_of": {arch: figures}}, {"new case": {}})
-    assert missing == [f"unheard_of {arch}: no budget", "new case: no budget"]
+    figures = toolchain.Resources(registers=64, spill_stores=0, spill_loads=0, stack=0, shared=0)
+    budget = {"static": {"k": {"sm_80": asdict(figures)}}, "counted": {"case": {"sectors": 1.0}}}
+    assert report.exceeded(budget, {"k": {"sm_80": figures}}, {"case": {"sectors": 1.0}}) == []
+    spilling = replace(figures, spill_loads=8)
+    problems = report.exceeded(budget, {"k": {"sm_80": spilling}}, {"case": {"sectors": 1.01}})
+    assert problems == [
+        "k sm_80: spill_loads 8, budget 0",
+        "case: sectors 1.01, budget 1.0",
+    ]
+    missing = report.exceeded(budget, {"unheard_of": {"sm_80": figures}}, {"new case": {}})
+    assert missing == ["unheard_of sm_80: no budget", "new case: no budget"]
 
 
 @needs_compilers

@@ -114,13 +114,10 @@ def compile_ptx(
     toolkit = find_toolkit()
     if toolkit is None:
         raise CompilerError(why_no_nvcc())
-    options = [
-        *("-std=c++20", "-ptx", f"-arch={arch}", "-lineinfo"),
-        *(f"-D{define}" for define in defines),
-        *(f"-I{path}" for path in includes),
-        *flags,
-    ]
+    options = ["-std=c++20", "-ptx", f"-arch={arch}", "-lineinfo", *flags]
+    options += [f"-D{define}" for define in defines]
     key = digest([toolkit.version, *options], [source.parent, *includes, source])
+    options += [f"-I{path}" for path in includes]
     return cached(
         f"{source.stem}-{arch}-{key}.ptx",
         lambda out: run([toolkit.nvcc, *options, "-o", out, source], CUDA_HOME=str(toolkit.root)),
