@@ -14,12 +14,13 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp')
 # Here a missing compiler is an error to mend, not a reason to go on with the slow path.
 export D3NET_KERNELS_REQUIRE_BINARY := 1
 
-.PHONY: help demo test bench lint clean FORCE
+.PHONY: help demo test bench gpu-report lint clean FORCE
 
 help:
 	@echo "make demo    train a small separator on a real song, plain torch against fused (minutes)"
 	@echo "make test    the tests, without those marked slow"
 	@echo "make bench   time layers, D2 blocks and networks against every form of plain torch"
+	@echo "make gpu-report   what the GPU kernels need and do, without a GPU, against their budget"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make clean   remove what was built; .venv stays"
 	@echo
@@ -39,6 +40,9 @@ bench: $(BINARY)
 	$(PY) -m benchmarks.nets
 	$(PY) -m benchmarks.curves
 	@echo "forward and backward under pytest-benchmark: $(PY) -m pytest benchmarks"
+
+gpu-report: $(INSTALLED)
+	$(PY) -m tests.gpu.report $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
