@@ -4,6 +4,7 @@ from importlib import metadata
 
 from . import autocast, autograd, reference, vmap  # noqa: F401 (rules register themselves)
 from .backends import use_backend, why_not
+from .backends.triton import dispatch  # noqa: F401 (likewise)
 from .block import ConvParams, D2Params, NormParams, d2_block
 from .functional import multidilated_conv2d
 from .modules import D2Block, MultidilatedConv2d
