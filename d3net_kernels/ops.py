@@ -6,7 +6,7 @@ operators are again the three (see `_backward_data_vjp` and `_backward_weight_vj
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +125,7 @@ def _fake_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.empty_like(mean)
 
 
-_FAKES = (_fake_forward, _fake_backward_data, _fake_backward_weight)
+_FAKES: tuple[Callable[..., Any], ...] = (_fake_forward, _fake_backward_data, _fake_backward_weight)
 for _op, _fake in (
     *zip(DEFAULT, _FAKES, strict=True),
     *zip(TRITON, _FAKES, strict=True),

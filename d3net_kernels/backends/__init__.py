@@ -1,9 +1,9 @@
 """Which implementation serves a call: chosen by the dispatcher, or forced by the user.
 
-Left alone, torch's dispatcher picks the compiled kernel for the tensors' device and falls back to
-the plain torch kernels of `composite`; the kernel of CUDA tensors is the compiled one where there is
-one, else Triton's. `use_backend` or D3NET_KERNELS_BACKEND force one backend and turn its absence into
-an error; "reference" is plain torch with plain torch autograd.
+Left alone, torch's dispatcher picks the compiled kernel for the tensors' device, for CUDA tensors
+without one Triton's, and falls back to the plain torch kernels of `composite`. `use_backend` or
+D3NET_KERNELS_BACKEND force one backend and turn its absence into an error; "reference" is plain
+torch with plain torch autograd.
 """
 
 from __future__ import annotations

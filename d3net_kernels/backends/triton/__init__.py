@@ -33,7 +33,9 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     if not interpreted() and not torch.cuda.is_available():
-        return "torch finds no GPU here (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+        return (
+            "torch finds no GPU here (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+        )
     wanted = "cpu" if interpreted() else "cuda"
     for t in tensors:
         if t.device.type != wanted:

@@ -1,9 +1,9 @@
 """Makes torch's dispatcher reach the Triton kernels.
 
 Plain dispatcher registrations of the operators of ops.py, which have fake kernels and derivatives
-already: to torch.compile they are one opaque node. torch.library.triton_op would let it look inside,
-at launches whose arguments (tuples of raw pointers, numbers made from strides) it cannot trace, and
-there is nothing left to fuse: psi, bias and sums are in the kernels.
+already: to torch.compile they are one opaque node. torch.library.triton_op would let it look
+inside, at launches whose arguments (tuples of raw pointers, numbers made from strides) it cannot
+trace, and there is nothing left to fuse: psi, bias and sums are in the kernels.
 """
 
 from __future__ import annotations

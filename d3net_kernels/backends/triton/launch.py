@@ -1,160 +1,35 @@
-"""From tensors to launches: kernels of the three operators, with the signatures of ops.py."""
+"""From tensors to launches: the kernels of the three operators, with the signatures of ops.py."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ... import _layout
-from . import configs, kernels
+from . import configs, interpreted
+from .kernels.backward_data import backward_data as backward_data_kernel
+from .kernels.backward_weight import backward_weight as backward_weight_kernel
+from .kernels.forward import forward as forward_kernel
+from .views import (
+    Source,
+    View,
+    alignment,
+    layout_of,
+    need_wide_offsets,
+    packed,
+    packed_sources,
+)
 
-INTERPRETED = kernels.INTERPRETED
-
-_ACCUMULATORS = {torch.float64: kernels.tl.float64}
-_DTYPES = {
-    torch.float32: kernels.tl.float32,
-    torch.float64: kernels.tl.float64,
-    torch.bfloat16: kernels.tl.bfloat16,
-    torch.float16: kernels.tl.float16,
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
 }
-
-
-def packed(values: Sequence[int]) -> tuple[int, ...]:
-    """Odd numbers beyond 32 bits, which Triton treats all alike.
-
-    A number in a tuple that is 1, divisible by 16 or beyond 32 bits otherwise makes a kernel of
-    its own: there would be one for every list of channels, dilations and strides.
-    """
-    return tuple((1 << 62) + 2 * value + 1 for value in values)
-
-
-class View(NamedTuple):
-    """A tensor (N, C, H, W) with the strides of dimensions of size 1 set to what suits best."""
-
-    pointer: int
-    channels: int
-    stride_n: int
-    stride_c: int
-    stride_h: int
-    stride_w: int
-
-    @staticmethod
-    def of(t: Tensor) -> View:
-        """The view of `t`."""
-        _, c, h, w = t.shape
-        stride_n, stride_c, stride_h, stride_w = t.stride()
-        if w == 1:
-            stride_w = stride_h if h > 1 else 1
-        if h == 1:
-            stride_h = stride_w * w
-        return View(t.data_ptr(), c, stride_n, stride_c if c > 1 else 1, stride_h, stride_w)
-
-
-def layout_of(views: Sequence[View], width: int) -> Any:
-    """The layout that all of `views` have: one of those that kernels.py names."""
-    if all(v.stride_w == 1 and v.stride_h == width for v in views):
-        return kernels.PLANES
-    if all(v.stride_c == 1 and v.stride_h == width * v.stride_w for v in views):
-        return kernels.CHANNELS_LAST
-    return kernels.STRIDED
-
-
-def aligned(views: Sequence[View], itemsize: int) -> bool:
-    """Whether every pixel of every view starts at a multiple of 16 bytes."""
-    return all(
-        v.pointer % 16 == 0
-        and v.stride_n * itemsize % 16 == 0
-        and v.stride_h * itemsize % 16 == 0
-        and v.stride_w * itemsize % 16 == 0
-        for v in views
-    )
-
-
-def _wide(tensors: Sequence[Tensor], whole: bool = False) -> bool:
-    """Whether offsets inside an image (or the whole tensor) need 64 bits."""
-    return any(
-        sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
-        >= 1 << 30
-        for t in tensors
-    )
-
-
-class _Call:
-    """What the three launches have in common."""
-
-    def __init__(
-        self,
-        kernel: str,
-        inputs: Sequence[Tensor],
-        weight: Tensor,
-        dilations: Sequence[int],
-        scale: Tensor | None,
-        shift: Tensor | None,
-        relu: bool,
-        outputs: int,
-        tensors: Sequence[Tensor],
-    ) -> None:
-        first = inputs[0]
-        self.batch, _, self.height, self.width = first.shape
-        self.out_channels, self.total_channels, self.taps_h, self.taps_w = weight.shape
-        self.views = [View.of(x) for x in inputs]
-        self.layout = layout_of(self.views, self.width)
-        starts = [0]
-        for view in self.views:
-            starts.append(starts[-1] + view.channels)
-        self.starts = starts[:-1]
-        self.pairs = list(zip(dilations[::2], dilations[1::2], strict=True))
-        self.scale, self.shift = scale, shift
-        arch = configs.arch_of(first.device)
-        self.config = configs.config_for(kernel, arch, first.dtype, outputs)
-        self.options: dict[str, Any] = {
-            "WIDE": _wide([*inputs, *tensors]),
-            "AFFINE": scale is not None,
-            "RELU": relu,
-            "PRECISION": _precision(first),
-            "UPCAST": INTERPRETED and first.dtype == torch.bfloat16,
-            "ACCUMULATOR": _ACCUMULATORS.get(first.dtype, kernels.tl.float32),
-            "PIXELS": self.config.pixels,
-            "STAGES": self.config.stages,
-            "num_warps": self.config.warps,
-        }
-
-    @property
-    def tiles(self) -> int:
-        """Programs that cover the pixels of all images."""
-        return int(self.batch * -(-self.height * self.width // self.config.pixels))
-
-    @property
-    def radii(self) -> tuple[int, int]:
-        return self.taps_h // 2, self.taps_w // 2
-
-    def source(self, i: int, first_block: int = 0) -> tuple[int, ...]:
-        """The tuple of source `i` as kernels.py reads it."""
-        return (*self.views[i], *self.pairs[i], self.starts[i], first_block)
-
-
-def _padded(tuples: list[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """Packed tuples, as many as the next power of two: few variants for all numbers of sources."""
-    count = 1 << (len(tuples) - 1).bit_length()
-    unused = (*tuples[-1][:_FIRST_BLOCK], 1 << 40, *tuples[-1][_FIRST_BLOCK + 1 :])
-    return tuple(packed(t) for t in [*tuples, *[unused] * (count - len(tuples))])
-
-
-_FIRST_BLOCK = int(kernels.FIRST_BLOCK.value)
-
-
-def _precision(t: Tensor) -> str:
-    """TF32 where torch's own convolutions may use it, else all bits of float32."""
-    allowed = t.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if t.dtype == torch.float32 and allowed else "ieee"
-
-
-def _flag(t: Tensor | None, unused: Tensor) -> Tensor:
-    return unused if t is None else t.contiguous()
 
 
 def forward(
@@ -167,10 +42,8 @@ def forward(
     relu: bool,
 ) -> Tensor:
     """Kernel of d3net_kernels::multidilated_conv2d."""
-    out, _ = forward_with_moments(
-        inputs, weight, bias, dilations, scale, shift, relu, want_moments=False
-    )
-    return out
+    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    return _forward(call, bias, None)
 
 
 def forward_with_moments(
@@ -181,60 +54,16 @@ def forward_with_moments(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
-    want_moments: bool = True,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The output, and mean and biased variance (K,) of each of its channels."""
-    n, _, h, w = inputs[0].shape
-    outputs = weight.shape[0]
-    out = _layout.empty((n, outputs, h, w), inputs[0])
-    call = _Call("forward", inputs, weight, dilations, scale, shift, relu, outputs, [out])
-    block, rest = configs.output_blocks([outputs])
-    blocks = -(-outputs // (block + rest))
-    moments = out.new_empty((call.tiles, 2, outputs), dtype=_layout.dtype_for(out)) if want_moments else out
-    if out.numel() > 0:
-        ready = weight.new_zeros((call.taps_h, call.taps_w, call.total_channels, blocks * (block + rest)))
-        ready[..., :outputs] = weight.permute(2, 3, 1, 0)
-        view = View.of(out)
-        kernels.forward[(call.tiles, blocks)](
-            out,
-            moments,
-            ready,
-            _flag(bias, out),
-            _flag(scale, out),
-            _flag(shift, out),
-            _padded([call.source(i) for i in range(len(inputs))]),
-            len(inputs),
-            h,
-            w,
-            outputs,
-            call.total_channels,
-            view.stride_n,
-            view.stride_c,
-            view.stride_w,
-            *call.radii,
-            LAYOUT=call.layout,
-            ALIGNED=aligned(call.views, out.element_size()),
-            BIAS=bias is not None,
-            MOMENTS=want_moments,
-            CHUNK=call.config.channels,
-            BLOCK=block,
-            REST=rest,
-            **call.options,
-        )
-    return out, _mean_and_variance(moments, out, call.config.pixels) if want_moments else None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and mean and biased variance (K,) of its channels, from the same launch.
 
-
-def _mean_and_variance(moments: Tensor, out: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-    """Tiles' sums and squared deviations of their own means, put together (Chan et al. 1979)."""
-    n, _, h, w = out.shape
-    tiles = -(-h * w // pixels)
-    counts = moments.new_full((n, tiles), pixels, dtype=torch.float64)
-    counts[:, -1:] = h * w - (tiles - 1) * pixels
-    counts = counts.view(-1, 1)
-    sums, deviations = moments.double().unbind(1)
-    mean = sums.sum(0) / (n * h * w)
-    variance = (deviations + counts * (sums / counts - mean).square()).sum(0) / (n * h * w)
-    return mean.to(moments.dtype), variance.to(moments.dtype)
+    They are those of channel_moments, NaN where there is nothing to average.
+    """
+    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    tiles = call.tiles(call.config("forward", weight.shape[0]))
+    moments = call.accumulators(tiles, 3, weight.shape[0])
+    out = _forward(call, bias, moments)
+    return out, *_mean_and_variance(moments, out)
 
 
 def backward_data(
@@ -252,49 +81,48 @@ def backward_data(
         _layout.empty(x.shape, x) if is_wanted else x.new_empty(0)
         for x, is_wanted in zip(inputs, wanted, strict=True)
     ]
-    active = [i for i, is_wanted in enumerate(wanted) if is_wanted or scale is not None]
     like = weight if scale is None else scale
     channels = 0 if scale is None else weight.shape[1]
+    active = [i for i, is_wanted in enumerate(wanted) if is_wanted or scale is not None]
     if grad_output.numel() == 0 or not active:
         return grads, like.new_zeros(channels), like.new_zeros(channels)
-    widths = [inputs[i].shape[1] for i in active]
-    block, rest = configs.output_blocks(widths)
-    call = _Call(
-        "backward_data", inputs, weight, dilations, scale, shift, relu, block + rest, [grad_output]
-    )
-    first_blocks = [0]
-    for width in widths:
-        first_blocks.append(first_blocks[-1] + -(-width // (block + rest)))
-    blocks = first_blocks.pop()
-    ready = weight.new_zeros((call.taps_h, call.taps_w, call.out_channels, blocks * (block + rest)))
-    tuples = []
-    for i, first_block, width in zip(active, first_blocks, widths, strict=True):
-        start, at = call.starts[i], first_block * (block + rest)
-        ready[..., at : at + width] = weight[:, start : start + width].permute(2, 3, 0, 1)
-        grad = View.of(grads[i]) if wanted[i] else View(0, 0, 0, 0, 0, 0)
-        pixel = (grad.pointer, grad.stride_n, grad.stride_c, grad.stride_w)
-        tuples.append((*call.source(i, first_block), *pixel))
-    sums = weight.new_empty((call.tiles, 2, channels), dtype=_layout.dtype_for(weight))
+
+    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    pieces = configs.output_blocks([inputs[i].shape[1] for i in active])
+    config = call.config("backward_data", sum(pieces))
+    sources, blocks = call.sources(sum(pieces), active)
+    ready = weight.new_zeros((*weight.shape[2:], weight.shape[0], blocks * sum(pieces)))
+    rows = []
+    for i, source in zip(active, sources, strict=True):
+        at, width = source.first_block * sum(pieces), source.view.channels
+        group = weight.narrow(1, source.start, width)
+        ready.narrow(3, at, width).copy_(group.permute(2, 3, 0, 1))
+        grad = View.of(grads[i]) if wanted[i] else _NOT_WANTED
+        own = (grad.pointer, grad.stride_n, grad.stride_c, grad.stride_w)
+        rows.append((*source.numbers(), *own))
+    sums = call.accumulators(call.tiles(config), 2, channels)
     view = View.of(grad_output)
-    kernels.backward_data[(call.tiles, blocks)](
+    call.launch(
+        backward_data_kernel,
+        (call.tiles(config), blocks),
+        config,
+        pieces,
         sums,
         ready,
-        _flag(scale, sums),
-        _flag(shift, sums),
+        call.scale,
+        call.shift,
         (packed(view),),
-        _padded(tuples),
+        packed_sources(rows),
         call.height,
         call.width,
-        call.out_channels,
-        call.total_channels,
+        weight.shape[0],
+        weight.shape[1],
         *call.radii,
         LAYOUT=layout_of([view], call.width),
-        ALIGNED=aligned([view], weight.element_size()),
+        ALIGNED=alignment([view], weight.element_size()),
         SOURCE_LAYOUT=call.layout,
-        CHUNK=call.config.channels,
-        BLOCK=block,
-        REST=rest,
-        **call.options,
+        WIDE=need_wide_offsets([grad_output, *inputs]),
+        CHUNK=config.channels,
     )
     grad_scale, grad_shift = sums.sum(0, dtype=torch.float64).to(like.dtype)
     return grads, grad_scale, grad_shift
@@ -312,51 +140,181 @@ def backward_weight(
     """Kernel of d3net_kernels::multidilated_conv2d_backward_weight."""
     if grad_output.numel() == 0:
         return weight.new_zeros(weight.shape), weight.new_zeros(weight.shape[0])
-    call = _Call(
-        "backward_weight",
-        inputs,
-        weight,
-        dilations,
-        scale,
-        shift,
-        relu,
-        weight.shape[0],
-        [grad_output],
-    )
-    block, rest = configs.output_blocks([call.out_channels])
-    blocks = -(-call.out_channels // (block + rest))
-    rows = call.config.channels
-    first_blocks = [0]
-    for view in call.views:
-        first_blocks.append(first_blocks[-1] + -(-view.channels // rows))
-    row_blocks = first_blocks.pop() * call.taps_h * call.taps_w
-    slabs = configs.slabs(grad_output.device, row_blocks * blocks, call.batch * call.height)
-    partial = weight.new_empty(
-        (slabs, call.taps_h, call.taps_w, call.total_channels, blocks * (block + rest)),
-        dtype=_layout.dtype_for(weight),
-    )
+    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    outputs, _, *taps = weight.shape
+    pieces = configs.output_blocks([outputs])
+    config = call.config("backward_weight", sum(pieces))
+    output_blocks = -(-outputs // sum(pieces))
+    sources, blocks = call.sources(config.channels, range(len(inputs)))
+    programs = blocks * taps[0] * taps[1]
+    slabs = configs.slabs(inputs[0].device, programs * output_blocks, call.batch * call.height)
+    partial = call.accumulators(slabs, *taps, weight.shape[1], output_blocks * sum(pieces))
     view = View.of(grad_output)
-    kernels.backward_weight[(slabs, row_blocks, blocks)](
+    call.launch(
+        backward_weight_kernel,
+        (slabs, programs, output_blocks),
+        config,
+        pieces,
         partial,
-        _flag(scale, partial),
-        _flag(shift, partial),
+        call.scale,
+        call.shift,
         (packed(view),),
-        _padded([call.source(i, b) for i, b in enumerate(first_blocks)]),
+        packed_sources([source.numbers() for source in sources]),
         call.batch,
         call.height,
         call.width,
-        call.out_channels,
-        call.total_channels,
+        outputs,
+        weight.shape[1],
         *call.radii,
         LAYOUT=layout_of([view], call.width),
         SOURCE_LAYOUT=call.layout,
-        DTYPE=_DTYPES[weight.dtype],
-        COLUMNS=configs.patch_columns(call.height, call.width, call.config.pixels),
-        CHANNELS_BLOCK=rows,
-        BLOCK=block,
-        REST=rest,
-        **call.options,
+        WIDE=need_wide_offsets([grad_output, *inputs]),
+        DTYPE=_TYPES[weight.dtype],
+        COLUMNS=configs.patch_columns(call.height, call.width, config.pixels),
+        CHANNELS_BLOCK=config.channels,
     )
-    grad_weight = partial.sum(0)[..., : call.out_channels].permute(3, 2, 0, 1)
-    grad_bias = grad_output.sum((0, 2, 3), dtype=_layout.dtype_for(weight))
+    grad_weight = partial.sum(0)[..., :outputs].permute(3, 2, 0, 1)
+    grad_bias = grad_output.sum((0, 2, 3), dtype=partial.dtype)
     return grad_weight.to(weight.dtype).contiguous(), grad_bias.to(weight.dtype)
+
+
+_NOT_WANTED = View(0, 0, 0, 0, 0, 0)
+
+
+class _Call:
+    """What the launches of one call have in common."""
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        weight: Tensor,
+        dilations: Sequence[int],
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+    ) -> None:
+        self.inputs, self.weight, self.relu = inputs, weight, relu
+        self.batch, _, self.height, self.width = inputs[0].shape
+        self.views = [View.of(x) for x in inputs]
+        self.layout = layout_of(self.views, self.width)
+        self.dilations = list(zip(dilations[::2], dilations[1::2], strict=True))
+        self.radii = (weight.shape[2] // 2, weight.shape[3] // 2)
+        self.affine = scale is not None
+        # Kernels take some tensor for what is not there, and do not touch it.
+        self.scale = weight if scale is None else scale.contiguous()
+        self.shift = weight if shift is None else shift.contiguous()
+
+    def config(self, kernel: str, outputs: int) -> configs.Config:
+        """Block sizes of a kernel whose programs have so many outputs each."""
+        device = self.weight.device
+        key = configs.Key(kernel, configs.arch_of(device), self.weight.dtype, outputs)
+        return configs.config_for(key, device)
+
+    def tiles(self, config: configs.Config) -> int:
+        """Tiles of pixels of all images."""
+        return int(self.batch * -(-self.height * self.width // config.pixels))
+
+    def sources(self, block: int, active: Sequence[int]) -> tuple[list[Source], int]:
+        """The sources of these numbers, each in whole blocks of channels; how many blocks."""
+        starts = [0]
+        for view in self.views:
+            starts.append(starts[-1] + view.channels)
+        sources, blocks = [], 0
+        for i in active:
+            sources.append(Source(self.views[i], self.dilations[i], starts[i], blocks))
+            blocks += -(-self.views[i].channels // block)
+        return sources, blocks
+
+    def accumulators(self, *shape: int) -> Tensor:
+        """Memory for sums."""
+        return self.weight.new_empty(shape, dtype=_layout.dtype_for(self.weight))
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        config: configs.Config,
+        pieces: tuple[int, int],
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
+        """Start `kernel` on the device of the weight, in torch's current stream there."""
+        dtype = self.weight.dtype
+        with torch.cuda.device(self.weight.device if self.weight.is_cuda else -1):
+            kernel[grid](
+                *arguments,
+                **options,
+                AFFINE=self.affine,
+                RELU=self.relu,
+                PRECISION=_precision(self.weight),
+                UPCAST=interpreted() and dtype == torch.bfloat16,
+                ACCUMULATOR=_TYPES[_layout.dtype_for(self.weight)],
+                PIXELS=config.pixels,
+                BLOCK=pieces[0],
+                REST=pieces[1],
+                STAGES=config.stages,
+                num_warps=config.warps,
+            )
+
+
+def _forward(call: _Call, bias: Tensor | None, moments: Tensor | None) -> Tensor:
+    inputs, weight = call.inputs, call.weight
+    outputs = weight.shape[0]
+    out = _layout.empty((call.batch, outputs, call.height, call.width), inputs[0])
+    if out.numel() == 0:
+        return out
+    pieces = configs.output_blocks([outputs])
+    blocks = -(-outputs // sum(pieces))
+    config = call.config("forward", outputs)
+    ready = weight.new_zeros((*weight.shape[2:], weight.shape[1], blocks * sum(pieces)))
+    ready.narrow(3, 0, outputs).copy_(weight.permute(2, 3, 1, 0))
+    sources, _ = call.sources(1, range(len(inputs)))
+    view = View.of(out)
+    call.launch(
+        forward_kernel,
+        (call.tiles(config), blocks),
+        config,
+        pieces,
+        out,
+        out if moments is None else moments,
+        ready,
+        out if bias is None else bias.contiguous(),
+        call.scale,
+        call.shift,
+        packed_sources([source.numbers() for source in sources]),
+        len(sources),
+        call.height,
+        call.width,
+        outputs,
+        weight.shape[1],
+        view.stride_n,
+        view.stride_c,
+        view.stride_w,
+        *call.radii,
+        LAYOUT=call.layout,
+        ALIGNED=alignment(call.views, out.element_size()),
+        WIDE=need_wide_offsets([out, *inputs]),
+        BIAS=bias is not None,
+        MOMENTS=moments is not None,
+        CHUNK=config.channels,
+    )
+    return out
+
+
+def _mean_and_variance(moments: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Tiles' sums and squared deviations from their own means, put together (Chan et al. 1979).
+
+    `moments` is (tiles of all images, 3, K): number of pixels, sum, squared deviations.
+    """
+    counts, sums, deviations = moments.double().unbind(1)
+    total = counts.sum(0)
+    mean = sums.sum(0) / total
+    variance = (deviations + counts * (sums / counts - mean).square()).sum(0) / total
+    return mean.to(moments.dtype), variance.to(moments.dtype)
+
+
+def _precision(t: Tensor) -> str:
+    """TF32 where torch's own convolutions may use it, else all bits of float32."""
+    convolutions: Any = torch.backends.cudnn
+    allowed = t.is_cuda and convolutions.conv.fp32_precision == "tf32"
+    return "tf32" if t.dtype == torch.float32 and allowed else "ieee"
