@@ -10,7 +10,7 @@ from torch import Tensor
 
 import d3net_kernels as dk
 from d3net_kernels import numerics
-from d3net_kernels.backends import composite
+from d3net_kernels.backends import composite, triton
 from d3net_kernels.numerics import Problem
 
 ALL = ("inputs", "weight", "bias", "scale", "shift")
@@ -279,10 +279,12 @@ def _composite(problem: Problem) -> dict[str, Tensor]:
 
 
 # "default" is what users get: the compiled kernels, or the plain torch ones through the dispatcher.
-BACKENDS: dict[str, Callable[[Problem], dict[str, Tensor]]] = {
-    "default": _public(None),
-    "composite": _composite,
-}
+# Triton's interpreter takes a process of its own, in which it is the only one: see test_triton.py.
+BACKENDS: dict[str, Callable[[Problem], dict[str, Tensor]]] = (
+    {"triton": _public("triton")}
+    if triton.interpreted()
+    else {"default": _public(None), "composite": _composite}
+)
 
 
 def assert_right(problem: Problem, results: dict[str, Tensor]) -> None:
