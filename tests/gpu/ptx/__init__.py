@@ -1,0 +1,1 @@
+"""PTX text to programs of the machine in tests/gpu/engine."""
