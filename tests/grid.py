@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -249,21 +251,21 @@ def _public(backend: str | None) -> Callable[[Problem], dict[str, Tensor]]:
     return run
 
 
-def _composite(problem: Problem) -> dict[str, Tensor]:
-    """Results of the plain torch kernels, which the dispatcher hides where there are better."""
+def direct(kernels: Any, problem: Problem) -> dict[str, Tensor]:
+    """Results of a module's three kernels themselves: of those that the dispatcher hides here."""
     p = problem.map(lambda t: t)
     dilations = [d for pair in p.dilations for d in pair]
     psi = (dilations, p.scale, p.shift, p.relu)
     needed = {name for name, t in p.tensors().items() if t.requires_grad}
     wanted = [int(x.requires_grad) for x in p.inputs]
     with torch.no_grad():
-        results = {"out": composite.forward(p.inputs, p.weight, p.bias, *psi)}
+        results = {"out": kernels.forward(p.inputs, p.weight, p.bias, *psi)}
         if not needed:
             return results
         by_name = dict(
             zip(
                 ("inputs", "scale", "shift"),
-                composite.backward_data(p.grad_output, p.inputs, p.weight, *psi, wanted),
+                kernels.backward_data(p.grad_output, p.inputs, p.weight, *psi, wanted),
                 strict=True,
             )
         )
@@ -271,7 +273,7 @@ def _composite(problem: Problem) -> dict[str, Tensor]:
         by_name |= dict(
             zip(
                 ("weight", "bias"),
-                composite.backward_weight(p.grad_output, p.inputs, p.weight, *psi),
+                kernels.backward_weight(p.grad_output, p.inputs, p.weight, *psi),
                 strict=True,
             )
         )
@@ -283,7 +285,7 @@ def _composite(problem: Problem) -> dict[str, Tensor]:
 BACKENDS: dict[str, Callable[[Problem], dict[str, Tensor]]] = (
     {"triton": _public("triton")}
     if triton.interpreted()
-    else {"default": _public(None), "composite": _composite}
+    else {"default": _public(None), "composite": functools.partial(direct, composite)}
 )
 
 
