@@ -1,11 +1,12 @@
-"""Builds the one binary, ``d3net_kernels/_C.abi3.so``; everything else is in pyproject.toml.
+"""Builds the binary ``d3net_kernels/_C.abi3.so``, and ``_C_cuda.abi3.so`` where CUDA is.
 
-An install never fails for the binary's sake: where it cannot be built (no torch at build time, no
-compiler, a compile error) a pure-Python wheel is made, and one line says why and how to get the
-compiled one.
+Everything else is in pyproject.toml. An install never fails for a binary's sake: where one cannot
+be built (no torch at build time, no compiler, a compile error) the package is made without, and
+one line says why and how to get the compiled one.
 
-Environment: D3NET_KERNELS_REQUIRE_BINARY=1 turns that line into an error; MAX_JOBS and CXX mean
-what they mean for every torch extension.
+Environment: D3NET_KERNELS_REQUIRE_BINARY=1 turns that line into an error; D3NET_KERNELS_CUDA is
+explained in csrc/cuda/extension.py; MAX_JOBS, CXX, CUDA_HOME and TORCH_CUDA_ARCH_LIST mean what
+they mean for every torch extension.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+from extension import SWITCH, CudaUnavailableError, cuda_extension  # noqa: E402
+
+REQUIRED = os.environ.get("D3NET_KERNELS_REQUIRE_BINARY") == "1"
 ADVICE = (
     "for the compiled one install a C++20 compiler, torch>=2.10 and setuptools, then run: "
     "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -64,6 +69,13 @@ def files(folder: str, pattern: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob(pattern))
 
 
+def no_cuda(reason: str) -> None:
+    """Say why there is no CUDA binary; an error where both it and a binary are asked for."""
+    if REQUIRED and os.environ.get(SWITCH) == "1":
+        raise BinaryUnavailableError(f"no CUDA kernels: {reason}")
+    print(f"d3net-kernels: no CUDA kernels: {reason}", file=sys.stderr)
+
+
 def extension_arguments() -> dict[str, Any]:
     """What setup() needs to build the binary, or BinaryUnavailableError where it cannot work."""
     if os.name != "posix":
@@ -92,16 +104,36 @@ def extension_arguments() -> dict[str, Any]:
             except (Exception, SystemExit) as error:
                 raise BinaryUnavailableError(f"the C++ build failed ({error})") from error
 
+        def build_extensions(self) -> None:
+            both: list[Any] = self.extensions
+            self.extensions = [binary]
+            super().build_extensions()
+            if len(both) > 1:
+                try:
+                    self.extensions = both[1:]
+                    super().build_extensions()
+                    self.extensions = both
+                except (Exception, SystemExit) as error:
+                    self.extensions = [binary]
+                    no_cuda(f"the CUDA build failed ({error})")
+
     binary = CppExtension(
         "d3net_kernels._C",
         ["csrc/registration.cpp", *files("csrc/cpu", "*.cpp")],
         include_dirs=[str(ROOT / "csrc")],
-        depends=files("csrc", "**/*.h"),
+        depends=[*files("csrc", "*.h"), *files("csrc/cpu", "*.h")],
         extra_compile_args={"cxx": COMPILE_FLAGS},
         py_limited_api=True,
     )
+    extensions: list[Any] = [binary]
+    try:
+        sources = [*files("csrc/cuda", "*.cu"), *files("csrc/cuda", "*.cpp")]
+        depends = [*files("csrc/cuda", "*.*h"), *files("csrc", "*.h")]
+        extensions.append(cuda_extension(torch, sources, depends, COMPILE_FLAGS))
+    except CudaUnavailableError as error:
+        no_cuda(str(error))
     return {
-        "ext_modules": [binary],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
@@ -114,7 +146,7 @@ else:
     try:
         setup(**extension_arguments())
     except BinaryUnavailableError as reason:
-        if os.environ.get("D3NET_KERNELS_REQUIRE_BINARY") == "1":
+        if REQUIRED:
             sys.exit(f"d3net-kernels: {reason}; {ADVICE}")
         print(f"d3net-kernels: pure-Python build: {reason}; {ADVICE}", file=sys.stderr)
         setup()

@@ -9,8 +9,10 @@ import time
 import warnings
 
 import torch
+from torch import Tensor
 
 from . import __version__, _binary, backends, numerics
+from .backends import cuda
 from .functional import multidilated_conv2d
 
 # Sources' channels, growth rate, (N, H, W): odd sizes, one source, dilations beyond the map.
@@ -35,6 +37,7 @@ def info() -> int:
             rows["instruction set"] = torch.ops.d3net_kernels.cpu_isa("")
         except RuntimeError as error:  # D3NET_KERNELS_ISA asks for what is not there
             rows["instruction set"] = f"error: {str(error).splitlines()[0]}"
+    rows["CUDA binary"] = cuda.archs()
     forced = backends.forced()
     if forced is not None:
         rows["forced backend"] = forced
@@ -90,6 +93,8 @@ def _worst_ratio(
     problem = numerics.random_problem(
         channels, out_channels, size, generator=generator, dtype=dtype, psi_dtype=dtype
     )
+    if backend in ("cuda", "triton"):
+        problem = problem.map(Tensor.cuda)
     with backends.use_backend(backend):
         results = numerics.results_of(multidilated_conv2d, problem)
     return max(numerics.error_ratios(problem, results).values())

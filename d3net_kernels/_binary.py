@@ -1,4 +1,7 @@
-"""Finds and loads the compiled kernels, and keeps the reason where that is not possible."""
+"""Finds and loads the compiled kernels, and keeps the reason where that is not possible.
+
+The CUDA kernels are a binary of their own: the CPU kernels load where there is no CUDA runtime.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).with_name("_C.abi3.so")
+CUDA_PATH = Path(__file__).with_name("_C_cuda.abi3.so")
 OLDEST_TORCH = (2, 10)
 
 _HOW_TO_BUILD = (
@@ -24,17 +28,17 @@ def _torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _load() -> str | None:
-    """Load the binary; None on success, else the reason why there are no compiled kernels."""
-    if not PATH.exists():
-        return f"there is no compiled binary at {PATH}: {_HOW_TO_BUILD}"
+def _load(path: Path, how_to_build: str) -> str | None:
+    """Load a binary; None on success, else the reason why its kernels are not there."""
+    if not path.exists():
+        return f"there is no compiled binary at {path}: {how_to_build}"
     if _torch_version() < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         return f"the binary needs torch >= {oldest}, this is torch {torch.__version__}"
     try:
-        torch.ops.load_library(PATH)
+        torch.ops.load_library(path)
     except OSError as error:
-        return f"{PATH} does not load here ({error}); to rebuild it: {_HOW_TO_BUILD}"
+        return f"{path} does not load here ({error}); to rebuild it: {how_to_build}"
     return None
 
 
@@ -45,5 +49,11 @@ def warn_once(reason: str) -> None:
         warnings.warn(f"d3net_kernels runs on plain torch operations: {reason}", stacklevel=2)
 
 
-missing: str | None = _load()
-"""Why the compiled kernels are not there; None where they are."""
+missing: str | None = _load(PATH, _HOW_TO_BUILD)
+"""Why the compiled CPU kernels are not there; None where they are."""
+
+cuda_missing: str | None = _load(
+    CUDA_PATH,
+    f"with a CUDA build of torch and its CUDA toolkit there, D3NET_KERNELS_CUDA=1; {_HOW_TO_BUILD}",
+)
+"""Why the compiled CUDA kernels are not there; None where they are."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .. import _binary, _layout, reference
+from . import cuda
 
 
 def why_not(tensors: Sequence[Tensor]) -> str | None:
@@ -155,5 +156,7 @@ def _grad_of_psi(group: _Group, grad_output: Tensor) -> Tensor:
 def _say_that_this_serves(device: str) -> None:
     if device == "cpu" and _binary.missing is not None:
         _binary.warn_once(_binary.missing)
+    elif device == "cuda":
+        _binary.warn_once(cuda.why_not(()) or "the CUDA kernels do not serve these tensors")
     elif device != "cpu":
         _binary.warn_once(f"this release has no compiled kernels for {device} tensors")

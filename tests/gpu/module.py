@@ -151,6 +151,7 @@ class Module:
                 decoded.register_bytes,
                 decoded.shared_bytes,
                 decoded.local_bytes,
+                decoded.finest_store,
             )
             self._programs[mangled] = program, decoded.code
         return self._programs[mangled]

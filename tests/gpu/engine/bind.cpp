@@ -27,7 +27,8 @@ Dim3 dim3(const std::array<uint32_t, 3>& d) { return {d[0], d[1], d[2]}; }
 gpu::Program make_program(const std::string& name, const std::vector<DecodedInstruction>& code,
                           const std::vector<std::tuple<uint32_t, int, uint64_t>>& constants,
                           const std::vector<std::pair<uint32_t, int>>& specials,
-                          uint32_t register_bytes, uint32_t shared_bytes, uint32_t local_bytes) {
+                          uint32_t register_bytes, uint32_t shared_bytes, uint32_t local_bytes,
+                          int finest_store) {
   gpu::Program program;
   program.name = name;
   for (const auto& from : code) {
@@ -43,6 +44,7 @@ gpu::Program make_program(const std::string& name, const std::vector<DecodedInst
   program.register_bytes = register_bytes;
   program.shared_bytes = shared_bytes;
   program.local_bytes = local_bytes;
+  program.finest_store = finest_store;
   return program;
 }
 

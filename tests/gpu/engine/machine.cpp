@@ -301,7 +301,7 @@ void Warp::settle_waiting() {
 Block::Block(Launch& owner)
     : launch(owner),
       shared(owner.shared_bytes, static_cast<int>((owner.block.size() + lanes - 1) / lanes),
-             owner.options.check_races),
+             owner.options.check_races, owner.program.finest_store),
       warps((owner.block.size() + lanes - 1) / lanes) {}
 
 void Block::run(Dim3 where) {

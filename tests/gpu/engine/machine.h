@@ -105,6 +105,7 @@ struct Program {
   uint32_t register_bytes = 0;
   uint32_t shared_bytes = 0;  // static
   uint32_t local_bytes = 0;
+  int finest_store = 4;  // the fewest bytes that a store may write to shared memory, at most 4
 };
 
 enum SpecialRegister {

@@ -10,13 +10,13 @@ namespace {
 uint64_t sector(uint64_t address) { return address / sector_bytes; }
 }  // namespace
 
-void Buffer::touch(uint64_t address, int bytes, bool write) {
+void Buffer::touch(uint64_t address, uint64_t bytes, bool write) {
   auto& sectors = write ? written : read;
   for (uint64_t s = sector(address); s <= sector(address + bytes - 1); ++s)
-    sectors[s - sector(begin)] = true;
+    sectors[s - sector(begin)] = 1;
 }
 
-uint64_t Buffer::distinct_bytes(const std::vector<bool>& sectors) const {
+uint64_t Buffer::distinct_bytes(const std::vector<uint8_t>& sectors) const {
   uint64_t sum = 0;
   for (size_t i = 0; i < sectors.size(); ++i) {
     if (!sectors[i]) continue;
@@ -35,21 +35,22 @@ GlobalMemory::GlobalMemory(std::vector<Buffer> buffers) : buffers_(std::move(buf
   }
 }
 
-Buffer* GlobalMemory::find(uint64_t address, int bytes) {
+Buffer* GlobalMemory::find(uint64_t address, uint64_t bytes) {
   const auto holds = [&](const Buffer& b) {
-    return address >= b.begin && address < b.end && b.end - address >= static_cast<uint64_t>(bytes);
+    return address >= b.begin && address < b.end && b.end - address >= bytes;
   };
   if (last_ && holds(*last_)) return last_;
   const auto found = std::find_if(buffers_.begin(), buffers_.end(), holds);
   return found == buffers_.end() ? nullptr : last_ = &*found;
 }
 
-SharedMemory::SharedMemory(size_t bytes, int warps, bool check_races)
+SharedMemory::SharedMemory(size_t bytes, int warps, bool check_races, int cell_bytes)
     : size_(bytes),
       warps_(warps),
       check_races_(check_races),
+      cell_bytes_(cell_bytes),
       data_(static_cast<char*>(std::aligned_alloc(1024, (bytes + 1024) / 1024 * 1024))),
-      cells_(check_races ? (bytes + cell_bytes - 1) / cell_bytes : 0),
+      cells_(check_races ? (bytes + cell_bytes_ - 1) / cell_bytes_ : 0),
       clocks_(static_cast<size_t>(warps) * warps) {}
 
 void SharedMemory::reset() {
@@ -62,7 +63,7 @@ void SharedMemory::reset() {
 std::string SharedMemory::access(int warp, uint64_t address, int bytes, bool write) {
   if (!check_races_) return {};
   const uint32_t now = own_clock(warp);
-  for (uint64_t i = address / cell_bytes; i <= (address + bytes - 1) / cell_bytes; ++i) {
+  for (uint64_t i = address / cell_bytes_; i <= (address + bytes - 1) / cell_bytes_; ++i) {
     Cell& cell = cells_[i];
     if (cell.in_flight)
       return "touches shared memory that a cp.async of warp " + std::to_string(cell.in_flight - 1) +
@@ -93,14 +94,14 @@ std::string SharedMemory::access(int warp, uint64_t address, int bytes, bool wri
 std::string SharedMemory::start_copy(int warp, uint64_t address, int bytes) {
   std::string problem = access(warp, address, bytes, true);
   if (problem.empty() && check_races_)
-    for (uint64_t i = address / cell_bytes; i <= (address + bytes - 1) / cell_bytes; ++i)
+    for (uint64_t i = address / cell_bytes_; i <= (address + bytes - 1) / cell_bytes_; ++i)
       cells_[i].in_flight = static_cast<uint8_t>(warp + 1);
   return problem;
 }
 
 void SharedMemory::finish_copy(int warp, uint64_t address, int bytes) {
   if (!check_races_) return;
-  for (uint64_t i = address / cell_bytes; i <= (address + bytes - 1) / cell_bytes; ++i) {
+  for (uint64_t i = address / cell_bytes_; i <= (address + bytes - 1) / cell_bytes_; ++i) {
     cells_[i].in_flight = 0;
     cells_[i].writer = static_cast<uint8_t>(warp);
     cells_[i].write_clock = own_clock(warp);

@@ -15,18 +15,18 @@ struct Buffer {
   uint64_t begin = 0, end = 0;
   bool writable = false;
   std::string name;
-  std::vector<bool> read, written;  // by sector, from `begin` rounded down to a sector
+  std::vector<uint8_t> read, written;  // by sector, from `begin` rounded down to a sector
 
-  void touch(uint64_t address, int bytes, bool write);
+  void touch(uint64_t address, uint64_t bytes, bool write);
   /// Bytes of the sectors touched, inside the buffer.
-  uint64_t distinct_bytes(const std::vector<bool>& sectors) const;
+  uint64_t distinct_bytes(const std::vector<uint8_t>& sectors) const;
 };
 
 class GlobalMemory {
  public:
   explicit GlobalMemory(std::vector<Buffer> buffers);
   /// The buffer that holds all of [address, address + bytes); null where there is none.
-  Buffer* find(uint64_t address, int bytes);
+  Buffer* find(uint64_t address, uint64_t bytes);
   const std::vector<Buffer>& buffers() const { return buffers_; }
 
  private:
@@ -35,14 +35,14 @@ class GlobalMemory {
 };
 
 /// Shared memory of one block: poisoned, of the launch's true size, with the state of a race
-/// detector for every two bytes.
+/// detector for every cell: a few bytes that no store takes apart.
 ///
 /// Two accesses of different warps to the same bytes, one of them a write, must be ordered by
 /// barriers; every warp carries a vector clock for that. A destination of cp.async is in flight
 /// from its issue to the wait of the thread that issued it: nobody may touch it.
 class SharedMemory {
  public:
-  SharedMemory(size_t bytes, int warps, bool check_races);
+  SharedMemory(size_t bytes, int warps, bool check_races, int cell_bytes);
   void reset();
   char* data() { return data_.get(); }
   size_t size() const { return size_; }
@@ -60,8 +60,6 @@ class SharedMemory {
     uint8_t writer = 0, reader = 0, other_reader = 0;
     uint8_t in_flight = 0;
   };
-  static constexpr int cell_bytes = 2;
-
   bool ordered(int warp, int before, uint32_t clock) const {
     return clock <= clocks_[static_cast<size_t>(warp) * warps_ + before];
   }
@@ -70,6 +68,7 @@ class SharedMemory {
   size_t size_;
   int warps_;
   bool check_races_;
+  uint64_t cell_bytes_;
   struct Free {
     void operator()(char* p) const { ::free(p); }
   };

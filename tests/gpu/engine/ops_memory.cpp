@@ -27,6 +27,7 @@ struct Access {
   bool write;
   Space space;
   uint64_t address[lanes];
+  bool consecutive = false;  // all lanes, one behind the other: they are handled as one range
 
   Access(Warp& w, const Instruction& i, uint32_t m, uint32_t place, int total, bool writes,
          size_t first_constant = 0)
@@ -44,6 +45,19 @@ struct Access {
     if (space == shared || space == param || space == local)
       for (auto& a : address) a &= ~window_mask;
     check_alignment();
+    find_run();
+  }
+
+  /// Where every active lane reads or writes on the host; checks the bounds.
+  void locate(char* (&where)[lanes]) const {
+    if (consecutive && (space == shared || space == global)) {
+      if (char* first = range_start(address[0], static_cast<uint64_t>(bytes) * lanes)) {
+        for (int l = 0; l < lanes; ++l) where[l] = first + static_cast<ptrdiff_t>(l) * bytes;
+        return;
+      }
+    }
+    for (int l = 0; l < lanes; ++l)
+      if (mask >> l & 1) where[l] = at(l);
   }
 
   /// Where lane `l` reads or writes on the host; checks the bounds.
@@ -52,13 +66,10 @@ struct Access {
     Launch& launch = warp.block->launch;
     const auto size = static_cast<uint64_t>(bytes);
     switch (space) {
-      case shared: {
-        SharedMemory& memory = warp.block->shared;
-        if (a > memory.size() || memory.size() - a < size)
-          fail(l, "outside the " + std::to_string(memory.size()) +
-                      " bytes of shared memory of this launch");
-        return memory.data() + a;
-      }
+      case shared:
+        if (char* found = range_start(a, size)) return found;
+        fail(l, "outside the " + std::to_string(warp.block->shared.size()) +
+                    " bytes of shared memory of this launch");
       case local: {
         const uint64_t local_bytes = launch.program.local_bytes;
         if (a > local_bytes || local_bytes - a < size) fail(l, "outside the local memory");
@@ -69,13 +80,11 @@ struct Access {
           fail(l, "outside the kernel parameters");
         if (write) fail(l, "writes a kernel parameter");
         return launch.params.data() + a;
-      default: {
-        Buffer* buffer = launch.memory.find(a, bytes);
+      default:
+        if (char* found = range_start(a, size)) return found;
+        const Buffer* buffer = launch.memory.find(a, size);
         if (!buffer) fail(l, "outside every buffer" + nearest(a));
-        if (write && !buffer->writable) fail(l, "writes the read-only buffer " + buffer->name);
-        buffer->touch(a, bytes, write);
-        return reinterpret_cast<char*>(a);
-      }
+        fail(l, "writes the read-only buffer " + buffer->name);
     }
   }
 
@@ -127,6 +136,27 @@ struct Access {
     }
   }
 
+  void find_run() {
+    if (mask != all_lanes) return;
+    uint64_t difference = 0;
+    for (int l = 1; l < lanes; ++l)
+      difference |= (address[l] - address[0]) ^ (static_cast<uint64_t>(l) * bytes);
+    consecutive = difference == 0;
+  }
+
+  /// Host address of a range of shared or global memory; null if it is not all allowed.
+  char* range_start(uint64_t first, uint64_t size) const {
+    if (space == shared) {
+      SharedMemory& memory = warp.block->shared;
+      const bool inside = first <= memory.size() && memory.size() - first >= size;
+      return inside ? memory.data() + first : nullptr;
+    }
+    Buffer* buffer = warp.block->launch.memory.find(first, size);
+    if (!buffer || (write && !buffer->writable)) return nullptr;
+    buffer->touch(first, size, write);
+    return reinterpret_cast<char*>(first);
+  }
+
   void check_alignment() const {
     for (int l = 0; l < lanes; ++l)
       if ((mask >> l & 1) && address[l] % static_cast<uint64_t>(bytes))
@@ -147,25 +177,40 @@ struct Access {
                                   " bytes in, of " + std::to_string(best->end - best->begin));
   }
 
+  /// Number of different values among `number` ones, which it sorts.
+  static int count_distinct(uint64_t* values, int number) {
+    std::sort(values, values + number);
+    return static_cast<int>(std::unique(values, values + number) - values);
+  }
+
+  /// Lanes are aligned to their size, hence each lies within one sector.
   void count_sectors(Traffic& count) const {
+    if (consecutive) {
+      const uint64_t last = address[lanes - 1] + bytes - 1;
+      count.units += last / sector_bytes - address[0] / sector_bytes + 1;
+      count.ideal += bytes;
+      return;
+    }
     uint64_t sectors[lanes], distinct[lanes];
-    int number = 0, different = 0;
+    int number = 0;
     for (int l = 0; l < lanes; ++l) {
       if (!(mask >> l & 1)) continue;
-      sectors[number++] = address[l] / sector_bytes;  // aligned, hence within one sector
-      distinct[different++] = address[l];
+      sectors[number] = address[l] / sector_bytes;
+      distinct[number++] = address[l];
     }
-    std::sort(sectors, sectors + number);
-    std::sort(distinct, distinct + different);
-    count.units += std::unique(sectors, sectors + number) - sectors;
-    different = static_cast<int>(std::unique(distinct, distinct + different) - distinct);
-    count.ideal += (different * bytes + sector_bytes - 1) / sector_bytes;
+    count.units += count_distinct(sectors, number);
+    count.ideal += (count_distinct(distinct, number) * bytes + sector_bytes - 1) / sector_bytes;
   }
 
   /// Accesses of 8 and 16 bytes are served by half and quarter warps; a wavefront serves each bank
   /// once, and lanes that want the same word share it.
   void count_wavefronts(Traffic& count) const {
     const int group = bytes <= 4 ? lanes : bytes == 8 ? 16 : 8;
+    if (consecutive) {
+      count.units += lanes / group;
+      count.ideal += lanes / group;
+      return;
+    }
     for (int first = 0; first < lanes; first += group) {
       uint64_t words[2 * lanes];
       int number = 0;
@@ -173,8 +218,7 @@ struct Access {
         if (mask >> l & 1)
           for (int b = 0; b < std::max(bytes, 4); b += 4) words[number++] = (address[l] + b) / 4;
       if (number == 0) continue;
-      std::sort(words, words + number);
-      number = static_cast<int>(std::unique(words, words + number) - words);
+      number = count_distinct(words, number);
       int banks[32] = {}, most = 0;
       for (int i = 0; i < number; ++i) most = std::max(most, ++banks[words[i] % 32]);
       count.units += most;
@@ -189,10 +233,12 @@ void load(Warp& w, const Instruction& in, uint32_t mask) {
   const Access access(w, in, mask, in.operands[number], static_cast<int>(number * sizeof(Element)),
                       false);
   access.record();
+  char* where[lanes];
+  access.locate(where);
   for (int l = 0; l < lanes; ++l) {
     if (!(mask >> l & 1)) continue;
     Element elements[8];
-    std::memcpy(elements, access.at(l), number * sizeof(Element));
+    std::memcpy(elements, where[l], number * sizeof(Element));
     for (size_t i = 0; i < number; ++i)
       w.reg<Register>(in.operands[i])[l] = static_cast<Register>(elements[i]);
   }
@@ -205,12 +251,14 @@ void store(Warp& w, const Instruction& in, uint32_t mask) {
   const Access access(w, in, mask, in.operands[0], static_cast<int>(number * sizeof(Element)),
                       true);
   access.record();
+  char* where[lanes];
+  access.locate(where);
   for (int l = 0; l < lanes; ++l) {
     if (!(mask >> l & 1)) continue;
     Element elements[8];
     for (size_t i = 0; i < number; ++i)
       elements[i] = static_cast<Element>(w.reg<Register>(in.operands[i + 1])[l]);
-    std::memcpy(access.at(l), elements, number * sizeof(Element));
+    std::memcpy(where[l], elements, number * sizeof(Element));
   }
   access.check_races();
 }

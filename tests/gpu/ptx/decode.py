@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from .instructions import INSTRUCTIONS
-from .operands import Modifiers, Operands, RefusedError
+from .operands import SPACES, Modifiers, Operands, RefusedError
 from .registers import PREDICATE, RegisterFile
 from .syntax import (
     Kernel,
@@ -49,6 +49,7 @@ class DecodedKernel:
     register_bytes: int
     shared_bytes: int
     local_bytes: int
+    finest_store: int  # bytes, at most 4
 
 
 @dataclass
@@ -92,7 +93,18 @@ class Decoder:
             register_bytes=self.registers.size,
             shared_bytes=shared_bytes,
             local_bytes=self.local_bytes,
+            finest_store=self._finest_store(),
         )
+
+    def _finest_store(self) -> int:
+        """The fewest bytes that a store may write to shared memory, at most 4."""
+        fewest = 4
+        for decoded in self._code:
+            name, *kind = decoded.operation.split(".")
+            if name == "st" and decoded.constants[0] in (SPACES["shared"], SPACES["generic"]):
+                values = len(decoded.operands) - 1
+                fewest = min(fewest, int(kind[0][1:]) // 8 * values)
+        return fewest
 
     def _lay_out_shared(self) -> int:
         """Static shared variables one after another, extern ones behind them; the static bytes."""

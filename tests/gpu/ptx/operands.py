@@ -11,7 +11,7 @@ from .syntax import TYPE_BYTES, parse_number, split_commas
 
 # Windows of generic addresses, as in engine/machine.h.
 _WINDOWS = {"shared": 0x51 << 56, "local": 0x52 << 56, "param": 0x53 << 56, "global": 0, "const": 0}
-_SPACES = {"generic": 0, "global": 1, "const": 1, "shared": 2, "local": 3, "param": 4}
+SPACES = {"generic": 0, "global": 1, "const": 1, "shared": 2, "local": 3, "param": 4}
 FLOATS = ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
 
 
@@ -167,7 +167,7 @@ class Operands:
         if register.bytes not in (4, 8):
             raise RefusedError(f"{base} cannot hold an address")
         self.add(register.place)
-        self.constant(_SPACES[space], offset, register.bytes)
+        self.constant(SPACES[space], offset, register.bytes)
 
     def jump(self, targets: list[str]) -> None:
         """The constants of this instruction will be the places of these labels."""

@@ -1,0 +1,123 @@
+// What surrounds a convolution: tables and coefficients to device memory, packed weights, and the
+// second stage of every sum. Small work, so dtypes are told apart at run time.
+#pragma once
+
+#include "geometry.h"
+#include "numbers.cuh"
+#include "params.h"
+
+namespace d3net::cuda {
+
+__device__ inline int64_t thread_index() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+__device__ inline void upload(const Upload& p) {
+  for (int i = threadIdx.x; i < p.words; i += blockDim.x) p.to[i] = p.data[i];
+}
+
+__device__ inline void widen_vector(const Widen& p) {
+  const int64_t i = thread_index();
+  if (i < p.size)
+    store_as(p.to_double ? DType::float64 : DType::float32, p.to, i,
+             load_as(p.from.dtype, p.from.data, i * p.from.stride));
+}
+
+__device__ inline void pack(const Pack& p) {
+  const int64_t i = thread_index();
+  if (i >= p.size) return;
+  const Convolution* c = p.convolutions;
+  for (int64_t next = 1; next < p.num_convolutions && p.convolutions[next].packed <= i; ++next)
+    c = p.convolutions + next;
+  const int64_t padded = (c->out_channels + kDirectOutputs - 1) / kDirectOutputs * kDirectOutputs;
+  const int64_t taps = p.kernel_h * p.kernel_w, local = i - c->packed;
+  const int64_t k = local % padded, tap = local / padded % taps, channel = local / padded / taps;
+  const Weight& w = c->weight;
+  const int64_t from = k * w.stride_k + channel * w.stride_c + tap / p.kernel_w * w.stride_h +
+                       tap % p.kernel_w * w.stride_w;
+  store_as(p.dtype == DType::float64 ? DType::float64 : DType::float32, p.to, i,
+           k < c->out_channels ? load_as(p.dtype, w.data, from) : 0.0);
+}
+
+/// One element of the weights a thread; the first ones also write a coefficient of psi.
+__device__ inline void pack_chunks(const PackChunks& p) {
+  const int64_t i = thread_index();
+  const int outputs = 8 * p.tiles;
+  const int64_t of_chunk = int64_t{9} * 2 * 8 * outputs;
+  if (i >= p.num_chunks * of_chunk) return;
+  {
+    const Chunk& chunk = p.chunks[i / of_chunk];
+    const int local = static_cast<int>(i % of_chunk);
+    const int c = local % 8 + local / 8 / outputs % 2 * 8, k = local / 8 % outputs;
+    const int tap = local / 8 / outputs / 2;
+    const Weight& w = chunk.weight;
+    const bool there = k < chunk.outputs && c < chunk.channels;
+    store_as(p.dtype, p.weights, i,
+             there ? load_as(p.dtype, w.data,
+                             k * w.stride_k + c * w.stride_c + tap / 3 * w.stride_h +
+                                 tap % 3 * w.stride_w)
+                   : 0.0);
+  }
+  if (i >= p.num_chunks * 32) return;
+  const Chunk& chunk = p.chunks[i / 32];
+  const int local = static_cast<int>(i % 32);
+  const int c = local % 8 + local / 16 * 8;
+  const bool is_shift = local / 8 % 2;
+  double value = 0;  // channels that are not there must stay zero
+  if (c < chunk.channels) {
+    const Vector& v = is_shift ? p.shift : p.scale;
+    const bool given = v.data && chunk.channel >= 0;
+    value = given ? load_as(v.dtype, v.data, (chunk.channel + c) * v.stride) : is_shift ? 0.0 : 1.0;
+  }
+  p.coefficients[i] = static_cast<float>(value);
+}
+
+__device__ inline double partial_at(const void* partial, bool from_double, int64_t i) {
+  return load_as(from_double ? DType::float64 : DType::float32, partial, i);
+}
+
+/// kFinishColumns neighbours a block; each of kFinishLanes threads adds every kFinishLanes-th part.
+__device__ inline void finish(const Finish& p) {
+  __shared__ double sums[kFinishLanes][kFinishColumns];
+  const int column = threadIdx.x % kFinishColumns, lane = threadIdx.x / kFinishColumns;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kFinishColumns + column;
+  const int64_t size = p.rows * p.columns;
+  double sum = 0;
+  if (i < size)
+    for (int64_t part = lane; part < p.parts; part += kFinishLanes)
+      sum += partial_at(p.partial, p.from_double, part * size + i);
+  sums[lane][column] = sum;
+  __syncthreads();
+  if (lane > 0 || i >= size) return;
+  for (int other = 1; other < kFinishLanes; ++other) sum += sums[other][column];
+  const int64_t row = i / p.columns, local = i % p.columns;
+  const bool is_last = local == p.columns - 1;
+  const Vector& to = is_last ? p.last : p.body;
+  if (to.data)
+    store_as(to.dtype, to.data, (is_last ? row : row * (p.columns - 1) + local) * to.stride, sum);
+}
+
+/// One warp a channel: the mean first, then the squares about it from those about each part's own.
+__device__ inline void finish_moments(const FinishMoments& p) {
+  const int64_t channel = thread_index() / 32;
+  if (channel >= p.channels) return;
+  const int lane = threadIdx.x % 32;
+  auto at = [&](int64_t part, int i) {
+    return partial_at(p.partial, p.from_double, (part * p.channels + channel) * 3 + i);
+  };
+  double sum = 0, squares = 0;
+  for (int64_t part = lane; part < p.parts; part += 32) sum += at(part, 0);
+  const double mean = warp_sum(sum) / static_cast<double>(p.pixels);
+  for (int64_t part = lane; part < p.parts; part += 32) {
+    const double count = at(part, 2);
+    if (count == 0) continue;
+    const double distance = at(part, 0) / count - mean;
+    squares += at(part, 1) + count * distance * distance;
+  }
+  const double variance = warp_sum(squares) / static_cast<double>(p.pixels);
+  if (lane > 0) return;
+  store_as(p.mean.dtype, p.mean.data, channel * p.mean.stride, mean);
+  store_as(p.variance.dtype, p.variance.data, channel * p.variance.stride, variance);
+}
+
+}  // namespace d3net::cuda

@@ -1,0 +1,159 @@
+// Geometry of the tensor-core convolution kernels, known at compile time to the kernels and at run
+// time to the host that lists their stages.
+//
+// A block computes kRows rows x kColumns columns of some outputs. It walks over stages: each loads
+// some rows of 16 channels of one source to shared memory and multiplies them with some taps.
+#pragma once
+
+#include "params.h"
+
+namespace d3net::cuda {
+
+constexpr int kColumns = 64;     // of a block's tile; 16 a warp
+constexpr int kWarps = 4;        // of a block
+constexpr int kChunk = 16;       // channels of a stage, the k of an m16n8k16 product
+constexpr int kMostTiles = 5;    // of 8 outputs a block
+constexpr int kWidestBand = 16;  // dilations up to here have their three columns in one stage
+constexpr int kPixelsALoad = 4;  // neighbours along W that are loaded at once
+constexpr int kPrefetch = 3;     // loads a thread holds in registers, of 8 channels each
+
+/// all: nine taps of a small dilation, so that a row serves three rows of outputs.
+/// row: the three taps of one row of taps. one: a single tap, of a dilation too wide for a band.
+enum class Taps { all, row, one };
+
+/// What a stage's code is compiled for.
+struct Kind {
+  Taps taps = Taps::one;
+  int dilation = 0;   // of `all`; otherwise the stage says
+  int first_row = 0;  // all: first input row, relative to the tile; else first row of outputs
+  int rows = 0;       // of input
+  int halo = 0;       // columns left and right of the tile
+  // In shared memory, in slots of 16 bytes (8 channels of a pixel): [half of the
+  // chunk][row][column]. The pitches make the transposing stores and ldmatrix free of bank
+  // conflicts (see tensor.cuh).
+  int columns = 0;
+  int row_pitch = 0;   // 2 modulo 8
+  int half_pitch = 0;  // 1 modulo 8
+};
+
+struct Kinds {
+  Kind kind[16];
+  int count = 0;
+  constexpr void add(Taps taps, int dilation, int first_row, int rows, int halo) {
+    const int columns = kColumns + 2 * halo;
+    const int row_pitch = columns + (10 - columns % 8) % 8;
+    const int half_pitch = row_pitch * rows + (9 - row_pitch * rows % 8) % 8;
+    kind[count++] = {taps, dilation, first_row, rows, halo, columns, row_pitch, half_pitch};
+  }
+  constexpr bool has_all(int dilation) const {
+    for (int i = 0; i < count; ++i)
+      if (kind[i].taps == Taps::all && kind[i].dilation == dilation) return true;
+    return false;
+  }
+  /// The least halo of Taps::row that holds a dilation.
+  constexpr int halo_for(int dilation) const {
+    int least = kWidestBand;
+    for (int i = 0; i < count; ++i)
+      if (kind[i].taps == Taps::row && kind[i].halo >= dilation && kind[i].halo < least)
+        least = kind[i].halo;
+    return least;
+  }
+};
+
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+/// All kinds of stages of a tile of so many rows.
+constexpr Kinds kinds_of(int rows) {
+  Kinds kinds;
+  for (int d = 1; d <= 8 && d < rows; d *= 2) {
+    const int halo = d <= 4 ? 4 : 8, most = d <= 4 ? 10 : 8;  // most: kPrefetch loads a thread
+    const int total = rows + 2 * d, bands = (total + most - 1) / most;
+    const int each = ((total + bands - 1) / bands + 1) / 2 * 2;
+    for (int first = -d; first < rows + d; first += each)
+      kinds.add(Taps::all, d, first, smaller(each, rows + d - first), halo);
+  }
+  for (int halo = rows > 8 ? kWidestBand : 8; halo <= kWidestBand; halo *= 2)
+    for (int first = 0; first < rows; first += 8)
+      kinds.add(Taps::row, 0, first, smaller(8, rows - first), halo);
+  for (int first = 0; first < rows; first += 8)
+    kinds.add(Taps::one, 0, first, smaller(8, rows - first), 0);
+  return kinds;
+}
+
+constexpr int most_slots(int rows) {
+  int most = 0;
+  const Kinds kinds = kinds_of(rows);
+  for (int i = 0; i < kinds.count; ++i)
+    if (2 * kinds.kind[i].half_pitch > most) most = 2 * kinds.kind[i].half_pitch;
+  return most;
+}
+
+/// Slots of one tap's weights: [half of the chunk][outputs], 8 channels each.
+constexpr int tap_slots(int tiles) { return 2 * 8 * tiles; }
+
+/// Dynamic shared memory: two stages with their weights; the epilogue uses it again.
+constexpr int tensor_shared_bytes(int tiles, int rows) {
+  const int pipeline = 2 * 16 * (most_slots(rows) + 9 * tap_slots(tiles));
+  const int epilogue = 8 * tiles * (rows * kColumns * 2 + 16);
+  return pipeline > epilogue ? pipeline : epilogue;
+}
+
+/// One step of the pipeline.
+struct Stage {
+  int32_t kind;
+  int32_t channels;       // up to kChunk
+  int32_t row, column;    // where it starts to load, relative to the tile without halo
+  int32_t rows, columns;  // what it loads
+  int32_t dilation;
+  int32_t weights;   // its taps, in slots
+  int32_t chunk;     // for psi's coefficients
+  const void* data;  // the first channel
+  int64_t stride_n, stride_c, stride_h;
+};
+
+/// 16 channels of one source for one block of outputs, as the packing kernel sees them.
+struct Chunk {
+  Weight weight;    // at the first channel and output; [outputs][channels][3][3]
+  int64_t channel;  // in scale and shift; -1 for none
+  int32_t channels, outputs;
+};
+
+/// Up to 8 * kMostTiles outputs of one convolution.
+struct Job {
+  int32_t first_stage, num_stages;
+  int32_t outputs;
+  int32_t partial_channel;  // where its sums go
+  View out;                 // at the first output; null where only sums are wanted
+  View x;                   // backward: the source, at the first output
+  int64_t channel;          // first output in bias (forward) or in scale and shift (backward)
+};
+
+/// Packed weights [chunk][tap][half][8 * tiles outputs][8 channels] and coefficients
+/// [chunk][half][scale, shift][8].
+struct PackChunks {
+  const Chunk* chunks;
+  int64_t num_chunks;
+  int32_t tiles;
+  DType dtype;
+  Vector scale, shift;
+  void* weights;
+  float* coefficients;
+};
+
+/// The tensor-core convolution kernels.
+struct TensorConvolve {
+  const Stage* stages;
+  const Job* jobs;
+  int32_t num_jobs;
+  int32_t tiles_h, tiles_w;  // of the map
+  int32_t height, width;
+  bool relu;         // backward: of the psi that the gradient passes
+  bool wide_stores;  // results are aligned to 16 bytes
+  const void* weights;
+  const float* coefficients;
+  const float *scale, *shift, *bias;
+  float* partial;
+  int64_t partial_channels;
+};
+
+}  // namespace d3net::cuda

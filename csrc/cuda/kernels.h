@@ -1,0 +1,29 @@
+// Every kernel by name: the one list that the binary, the tests and the resource report share.
+#pragma once
+
+// X(name, type of its one parameter)
+#define D3NET_CUDA_DIRECT_KERNELS(X, DTYPE) \
+  X(direct_forward_##DTYPE, Convolve)       \
+  X(direct_backward_data_##DTYPE, Convolve) \
+  X(direct_backward_weight_##DTYPE, WeightGradient)
+
+#define D3NET_CUDA_KERNELS(X)              \
+  X(upload_table, Upload)                  \
+  X(widen_coefficients, Widen)             \
+  X(pack_weights, Pack)                    \
+  X(finish_sums, Finish)                   \
+  X(finish_channel_moments, FinishMoments) \
+  D3NET_CUDA_DIRECT_KERNELS(X, float32)    \
+  D3NET_CUDA_DIRECT_KERNELS(X, float64)    \
+  D3NET_CUDA_DIRECT_KERNELS(X, bfloat16)   \
+  D3NET_CUDA_DIRECT_KERNELS(X, float16)
+
+namespace d3net::cuda {
+
+/// The kernel's address for the CUDA runtime; null if there is none of that name.
+const void* find_kernel(const char* name);
+
+/// The architectures with machine code in this binary, as in "80 90".
+const char* built_archs();
+
+}  // namespace d3net::cuda

@@ -1,0 +1,131 @@
+// How the work is cut: pure functions of (shape, dtype, architecture), free of CUDA, for unit
+// tests.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "geometry.h"
+#include "params.h"
+
+namespace d3net::cuda {
+
+/// What a choice may depend on. `capability` is 80 for sm_80.
+struct Arch {
+  int capability = 80;
+  int multiprocessors = 108;
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+/// Parts of the rows for the direct weight gradient: enough blocks to fill the device a few times,
+/// and enough pixels a part for its sums to be worth a reduction over the block.
+inline int64_t direct_gradient_parts(const Problem& p, const Arch& arch) {
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  const int64_t groups = p.in_channels * divide_up(taps, kGradientTaps) + 1;
+  const int64_t blocks = groups * divide_up(p.out_channels, kGradientOutputs);
+  const int64_t rows = p.batch * p.height;
+  const int64_t wanted = divide_up(int64_t{8} * arch.multiprocessors, blocks);
+  const int64_t fewest_pixels = 8 * kDirectThreads;
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, rows * p.width / fewest_pixels));
+}
+
+/// Why the tensor-core kernels do not take a problem; null where they do.
+inline const char* tensor_refuses(const Problem& p, const Arch& arch) {
+  if (arch.capability < 80) return "the GPU has no mma.sync for 16-bit floats with ldmatrix";
+  if (p.dtype != DType::bfloat16 && p.dtype != DType::float16) return "the dtype has 32 or 64 bits";
+  if (p.kernel_h != 3 || p.kernel_w != 3) return "the kernel is not 3x3";
+  constexpr int64_t kMost = 1 << 28;  // rows and columns are int
+  if (p.height > kMost || p.width > kMost) return "the map is too large";
+  if (p.width % kPixelsALoad != 0) return "the width is not a multiple of 4";
+  for (int64_t i = 0; i < p.num_sources; ++i) {
+    const int64_t h = p.sources[i].dilation_h, w = p.sources[i].dilation_w;
+    if (h != w && h < p.height && w < p.width) return "a dilation differs in height and width";
+    if (w > kWidestBand && w < p.width && w % kPixelsALoad != 0) return "a wide dilation is odd";
+  }
+  return nullptr;
+}
+
+/// Whether the tensor-core kernels can load from, or store to, a map in vectors of 4 pixels.
+inline bool tensor_takes(const View& v) {
+  auto fits = [](int64_t stride) { return stride % kPixelsALoad == 0; };
+  return v.stride_w == 1 && fits(v.stride_h) && fits(v.stride_c) && fits(v.stride_n) &&
+         reinterpret_cast<uintptr_t>(v.data) % (2 * kPixelsALoad) == 0;
+}
+
+/// The tile of a block of a tensor-core kernel: 8 * tiles outputs, so many rows.
+struct TensorTile {
+  int tiles, rows;
+};
+
+/// What is compiled (kernels.h): as many rows as the registers hold, fewer for low maps.
+constexpr TensorTile kTensorTiles[] = {{1, 8}, {2, 8}, {2, 16}, {3, 8}, {4, 6}, {5, 4}, {5, 6}};
+
+/// Blocks of outputs: as few columns of padding as possible, then as few blocks as possible.
+inline int tensor_tiles(const std::vector<int64_t>& channels) {
+  int best = 1;
+  int64_t least = -1;
+  for (int tiles = kMostTiles; tiles >= 1; --tiles) {
+    int64_t cost = 0;
+    for (int64_t c : channels)  // a block costs about one tile more than it has: staging its input
+      cost += divide_up(c, 8 * tiles) * (tiles + 1);
+    if (least < 0 || cost < least) least = cost, best = tiles;
+  }
+  return best;
+}
+
+/// The tile for `jobs` blocks of outputs: the most rows that leave few of them empty and still give
+/// every multiprocessor two blocks.
+inline TensorTile tensor_tile(int tiles, int64_t jobs, const Problem& p, const Arch& arch) {
+  TensorTile best{0, 0};
+  for (const TensorTile& tile : kTensorTiles) {
+    if (tile.tiles != tiles) continue;
+    const int64_t blocks =
+        p.batch * divide_up(p.height, tile.rows) * divide_up(p.width, kColumns) * jobs;
+    const bool fills = blocks >= int64_t{2} * arch.multiprocessors;
+    const bool padded = round_up(p.height, tile.rows) > round_up(p.height, 4) + p.height / 8;
+    if (best.rows == 0 || (tile.rows > best.rows && fills && !padded)) best = tile;
+  }
+  return best;
+}
+
+/// The stages of one chunk of channels, in the order of the kinds. `stage` holds what they share.
+inline void append_stages(std::vector<Stage>& to, Stage stage, int64_t dilation_h,
+                          int64_t dilation_w, TensorTile tile, const Problem& p) {
+  const Kinds kinds = kinds_of(tile.rows);
+  const int tap = tap_slots(tile.tiles);
+  const int first = stage.chunk * 9 * tap;
+  // Taps that see padding only, wherever they are, have no stage.
+  const bool vertical = dilation_h < p.height, horizontal = dilation_w < p.width;
+  const int d = static_cast<int>(horizontal ? dilation_w : vertical ? dilation_h : 0);
+  const bool band = d <= kWidestBand && horizontal;
+  auto add = [&](int kind, int row, int column, int weights) {
+    const Kind& k = kinds.kind[kind];
+    stage.kind = kind;
+    stage.row = row, stage.rows = k.rows;
+    stage.column = column - k.halo, stage.columns = k.columns;
+    stage.weights = weights;
+    to.push_back(stage);
+  };
+  stage.dilation = d;
+  if (band && vertical && kinds.has_all(d)) {
+    for (int i = 0; i < kinds.count; ++i)
+      if (kinds.kind[i].taps == Taps::all && kinds.kind[i].dilation == d)
+        add(i, kinds.kind[i].first_row, 0, first);
+    return;
+  }
+  const int halo = band ? kinds.halo_for(d) : 0;
+  for (int r = vertical ? 0 : 1; r < (vertical ? 3 : 2); ++r)
+    for (int i = 0; i < kinds.count; ++i) {
+      const Kind& k = kinds.kind[i];
+      const int row = (r - 1) * d + k.first_row;
+      if (band && k.taps == Taps::row && k.halo == halo) add(i, row, 0, first + 3 * r * tap);
+      if (!band && k.taps == Taps::one)
+        for (int s = horizontal ? 0 : 1; s < (horizontal ? 3 : 2); ++s)
+          add(i, row, (s - 1) * d, first + (3 * r + s) * tap);
+    }
+}
+
+}  // namespace d3net::cuda
