@@ -45,13 +45,18 @@ class Key(NamedTuple):
     outputs: int
 
     @property
+    def bucket(self) -> int:
+        """The number of the first bucket that holds the outputs, or of the last one."""
+        return min(sum(self.outputs > most for most in _BUCKETS), len(_BUCKETS) - 1)
+
+    @property
     def name(self) -> str:
         """Kernel, dtype and bucket of outputs: what tuned files call it."""
-        bucket = next((b for b in _BUCKETS if self.outputs <= b), _BUCKETS[-1])
-        return f"{self.kernel}/{str(self.dtype).removeprefix('torch.')}/{bucket}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kernel}/{dtype}/{_BUCKETS[self.bucket]}"
 
 
-_BUCKETS = (16, 40, 80)
+_BUCKETS = (16, 40, 80)  # outputs of a program, up to
 
 # Chosen by spills, counted traffic and instructions: no spills on sm_80 and sm_90 (see tests/gpu).
 _INTERPRETER = {
@@ -59,10 +64,23 @@ _INTERPRETER = {
     "backward_data": Config(1024, 64, 1, 1),
     "backward_weight": Config(256, 64, 1, 1),
 }
+# By the bytes of an element, the kernel, and the bucket of outputs.
 _SHIPPED = {
-    "forward": Config(128, 16, 4, 3),
-    "backward_data": Config(128, 16, 4, 3),
-    "backward_weight": Config(64, 64, 4, 3),
+    2: {
+        "forward": (Config(128, 16, 4, 3), Config(128, 16, 4, 3), Config(128, 16, 8, 3)),
+        "backward_data": (Config(128, 16, 4, 3), Config(128, 16, 4, 3), Config(128, 16, 8, 3)),
+        "backward_weight": (Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    },
+    4: {
+        "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(64, 16, 4, 2)),
+        "backward_data": (Config(64, 16, 4, 2), Config(64, 16, 4, 2), Config(64, 16, 8, 2)),
+        "backward_weight": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2)),
+    },
+    8: {
+        "forward": (Config(32, 16, 4, 2),) * 3,
+        "backward_data": (Config(32, 16, 4, 2),) * 3,
+        "backward_weight": (Config(32, 16, 4, 2),) * 3,
+    },
 }
 
 
@@ -75,9 +93,7 @@ def config_for(key: Key, device: torch.device) -> Config:
 
 def shipped(key: Key) -> Config:
     """The configuration that comes with the package."""
-    if key.dtype == torch.float64:
-        return Config(32, 16, 4, 2)
-    return _SHIPPED[key.kernel]
+    return _SHIPPED[key.dtype.itemsize][key.kernel][key.bucket]
 
 
 def output_blocks(groups: Sequence[int], largest: int = 64) -> tuple[int, int]:
