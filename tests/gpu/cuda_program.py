@@ -165,6 +165,7 @@ class _Call:
     def __init__(self, library: Any, launch: Launch, arch: Any, p: Problem) -> None:
         self._p, self._library = p, library
         self._buffers: dict[str, Tensor] = {}
+        self._error: Exception | None = None
         inputs = [self._placed(f"inputs[{i}]", x) for i, x in enumerate(p.inputs)]
         weight = self._placed("weight", p.weight)
         sources = (_Source * len(inputs))(
@@ -194,9 +195,13 @@ class _Call:
         def start(
             kernel: bytes, blocks: int, threads: int, shared: int, at: int, size: int
         ) -> None:
-            launch(
-                kernel.decode(), blocks, threads, shared, ctypes.string_at(at, size), self._buffers
-            )
+            if self._error:
+                return
+            try:
+                arguments = ctypes.string_at(at, size)
+                launch(kernel.decode(), blocks, threads, shared, arguments, self._buffers)
+            except Exception as error:  # ctypes would print and forget it; _run raises it
+                self._error = error
 
         self._keep = (sources, allocate, start)
         self._call = _CallStruct(
@@ -252,6 +257,8 @@ class _Call:
             ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments
         ]
         getattr(self._library, f"program_{operation}")(ctypes.byref(self._call), *by_reference)
+        if self._error:
+            raise self._error
 
     def _placed(self, name: str, t: Tensor) -> Tensor:
         """A copy of `t` and of what lies between its elements."""

@@ -1,0 +1,118 @@
+"""The least time that counted work can take on a GPU: one bound a resource, the largest binds.
+
+A bound is no prediction: it says that no counted resource forbids this time. Everything is counted
+on emulated PTX, not measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.shapes import Shape
+
+from .counters import Counters
+
+_MACS = {  # of one warp instruction
+    "mma.m16n8k16": 16 * 8 * 16,
+    "mma.m16n8k8": 16 * 8 * 8,
+    "mma.m16n8k4": 16 * 8 * 4,
+    "mma.m8n8k4": 8 * 8 * 4,
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of a GPU.
+
+    clock in GHz (boost), dram in GB/s, tensor in dense TFLOP/s with float32 accumulation by type of
+    the operands. `mma_share`: what mma.sync reaches of that at most (1 where nothing is known).
+    Every SM: 128 bytes of shared memory or L1, 4 warp instructions and 64 bytes of L2 a clock (CUDA
+    C++ Programming Guide, "Compute Capabilities"; L2: whitepapers, 5120 bytes a clock on A100).
+    """
+
+    name: str
+    source: str
+    multiprocessors: int
+    clock: float
+    dram: float
+    tensor: dict[str, float]
+    mma_share: float = 1.0
+
+
+GPUS = (
+    Gpu(
+        "A100",
+        "NVIDIA A100 Tensor Core GPU datasheet, SXM4 80 GB",
+        *(108, 1.41, 2039.0),
+        {"bf16": 312.0, "f16": 312.0, "tf32": 156.0, "f64": 19.5},
+    ),
+    Gpu(
+        "H100",
+        "NVIDIA H100 Tensor Core GPU datasheet, SXM5 (half of the rates with sparsity); share of "
+        "mma.sync: Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, 2024",
+        *(132, 1.83, 3350.0),
+        {"bf16": 989.0, "f16": 989.0, "tf32": 494.0, "f64": 67.0},
+        mma_share=0.62,
+    ),
+    Gpu(
+        "RTX 4090",
+        "NVIDIA Ada GPU Architecture whitepaper, appendix A",
+        *(128, 2.52, 1008.0),
+        {"bf16": 165.2, "f16": 165.2, "tf32": 82.6, "f64": 1.3},
+    ),
+)
+
+
+def bounds(counters: Counters, gpu: Gpu, compulsory_bytes: int) -> dict[str, float]:
+    """Nanoseconds a resource needs at least, with work spread evenly over the whole GPU."""
+    tensor = 0.0
+    for operation, number in counters.operations().items():
+        shape, _, kind = operation.rpartition(".")
+        if shape in _MACS:
+            rate = gpu.tensor[kind] * gpu.mma_share * 1e3  # operations a nanosecond
+            tensor += 2 * number * _MACS[shape] / rate
+    clocks = gpu.multiprocessors * gpu.clock  # of all SMs, a nanosecond
+    shared = counters.shared_traffic.units + counters.load_bytes / 128
+    return {
+        "tensor": tensor,
+        "shared": shared / clocks,
+        "issue": counters.issued() / 4 / clocks,
+        "L2": counters.global_traffic.units / 2 / clocks,
+        "DRAM": compulsory_bytes / gpu.dram,
+    }
+
+
+def ideal(shape: Shape, kind: str, element_bytes: int, gpu: Gpu) -> float:
+    """max(compulsory bytes / DRAM bandwidth, useful MACs / tensor peak), in nanoseconds."""
+    time = 2 * useful_macs(shape) / (gpu.tensor[kind] * 1e3)
+    return max(compulsory_bytes(shape, element_bytes) / gpu.dram, time)
+
+
+def useful_macs(shape: Shape) -> int:
+    """Multiply-adds of a 3x3 layer whose tap lies inside the map."""
+    total = 0
+    for channels, dilation in zip(shape.group_channels, shape.dilations, strict=True):
+        live = 1
+        for size in (shape.height, shape.width):
+            live *= size + 2 * max(0, size - dilation)
+        total += channels * live
+    return total * shape.c_out
+
+
+def compulsory_bytes(shape: Shape, element_bytes: int) -> int:
+    """Every input, weight and output once; scale, shift and bias in float32."""
+    channels, pixels = sum(shape.group_channels), shape.height * shape.width
+    elements = (channels + shape.c_out) * pixels + 9 * channels * shape.c_out
+    return elements * element_bytes + 4 * (2 * channels + shape.c_out)
+
+
+def composition_bytes(shape: Shape, element_bytes: int) -> int:
+    """What plain torch moves for the layer: psi and a convolution a source, and a sum.
+
+    psi reads and writes its source once (one fused elementwise kernel), the convolution reads that
+    and writes a whole output, and each sum reads two outputs and writes one.
+    """
+    pixels, sources = shape.height * shape.width, len(shape.group_channels)
+    channels = sum(shape.group_channels)
+    elements = (3 * channels + sources * shape.c_out + 3 * (sources - 1) * shape.c_out) * pixels
+    return (elements + 9 * channels * shape.c_out) * element_bytes
