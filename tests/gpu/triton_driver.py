@@ -52,7 +52,8 @@ class EmulatedGpu:
 
     @property
     def launcher_cls(self) -> Callable[..., Callable[..., None]]:
-        return lambda src, metadata: lambda *arguments: self._launch(src, metadata, *arguments)
+        """A compiled kernel keeps its launcher, which has to find the emulator of the day."""
+        return lambda src, metadata: lambda *rest: driver.active._launch(src, metadata, *rest)
 
     @property
     def utils(self) -> EmulatedGpu:
