@@ -254,6 +254,9 @@ class _Call:
                 REST=pieces[1],
                 STAGES=config.stages,
                 num_warps=config.warps,
+                # Lanes that reduce together would round one product more, each another, and
+                # store unequal sums in one place.
+                enable_fp_fusion=False,
             )
 
 

@@ -25,6 +25,7 @@ from .parts import (
     channel_offsets,
     number,
     pixel_offsets,
+    psi,
     source_of,
 )
 
@@ -57,18 +58,18 @@ def _write_gradient(
     if AFFINE or RELU:
         at = offsets[:, None] + channel_offsets(c.to(offsets.dtype), stride_c, LAYOUT)[None, :]
         values = tl.load(x + at, mask=mask, other=0).to(acc.dtype)
+        factor = 0
+        summand = 0
         if AFFINE:
-            factor = tl.load(scale + c, mask=there, other=0).to(acc.dtype)
-            summand = tl.load(shift + c, mask=there, other=0).to(acc.dtype)
-            y = values * factor[None, :] + summand[None, :]
-        else:
-            y = values
+            factor = tl.load(scale + c, mask=there, other=0).to(acc.dtype)[None, :]
+            summand = tl.load(shift + c, mask=there, other=0).to(acc.dtype)[None, :]
+        y = psi(values, factor, summand, AFFINE, False)
         if RELU:  # what is NaN passes
             acc = tl.where(y <= 0, tl.zeros_like(acc), acc)
         if AFFINE:
             tl.store(sums + c, tl.sum(acc * values, 0), mask=there)
             tl.store(sums + total_channels + c, tl.sum(acc, 0), mask=there)
-            acc *= factor[None, :]
+            acc *= factor
     if wanted:
         to = p[:, None] * grad_stride_w.to(p.dtype) + c.to(p.dtype)[None, :] * grad_stride_c.to(
             p.dtype

@@ -90,7 +90,7 @@ def aligned(pointer, LAYOUT: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def psi(x, scale, shift, AFFINE: tl.constexpr, RELU: tl.constexpr):
     if AFFINE:
-        x = x * scale + shift
+        x = tl.fma(x, scale, shift)
     if RELU:
         x = tl.maximum(x, tl.zeros_like(x), propagate_nan=tl.PropagateNan.ALL)
     return x
