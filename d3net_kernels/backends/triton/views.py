@@ -57,13 +57,18 @@ def layout_of(views: Sequence[View], width: int) -> Any:
 
 
 def alignment(views: Sequence[View], itemsize: int) -> int:
-    """Elements in 16 bytes if every pixel of every view starts at a multiple of them, else 1."""
+    """How many elements one load of a channels_last pixel may take: a power of two, to 16 bytes.
+
+    It divides the channels and the place of every pixel of every view.
+    """
     elements = 16 // itemsize
-    aligned = all(
-        v.pointer % 16 == 0 and not any(s % elements for s in (v.stride_n, v.stride_h, v.stride_w))
+    while any(
+        v.pointer % (elements * itemsize)
+        or any(n % elements for n in (v.channels, v.stride_n, v.stride_h, v.stride_w))
         for v in views
-    )
-    return elements if aligned else 1
+    ):
+        elements //= 2
+    return elements
 
 
 def need_wide_offsets(tensors: Sequence[Tensor]) -> bool:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .parts import (
-    aligned,
+    CHANNELS_LAST,
     channel_offsets,
     dot,
     pixel_offsets,
@@ -71,14 +71,17 @@ def add_source(
 
     c = tl.arange(0, CHUNK)
     offsets = (
-        pixel_offsets(p, W, stride_h, stride_w, LAYOUT)[:, None]
+        pixel_offsets(p, W, stride_h, stride_w, LAYOUT, ALIGNED)[:, None]
         + channel_offsets(c.to(p.dtype), stride_c, LAYOUT)[None, :]
     )
     i = -up
     j = -left
     start = 0
     for _ in tl.range(taps * tl.cdiv(channels, CHUNK), num_stages=STAGES):
-        here = start + c < channels
+        remaining = channels - start
+        if LAYOUT == CHANNELS_LAST:
+            remaining = tl.multiple_of(remaining, ALIGNED)
+        here = c < remaining
         step_h, step_w = i * dilation_h, j * dilation_w
         source = h + step_h
         column = w + step_w
@@ -88,7 +91,9 @@ def add_source(
             + step_h.to(tl.int64) * stride_h
             + step_w.to(tl.int64) * stride_w
         )
-        pointer = aligned(pointer, LAYOUT, ALIGNED)
+        if LAYOUT == CHANNELS_LAST:
+            item_bits: tl.constexpr = x.dtype.element_ty.primitive_bitwidth
+            pointer = tl.multiple_of(pointer, ALIGNED * item_bits // 8)
         y = tl.load(pointer + offsets, mask=seen[:, None] & here[None, :], other=0)
         if AFFINE or RELU:
             factor = 0

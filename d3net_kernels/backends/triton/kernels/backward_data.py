@@ -178,7 +178,7 @@ def backward_data(
     grad_stride_w = number(sources, s, GRAD_STRIDE_W)
     stride_c = number(sources, s, STRIDE_C)
     offsets = pixel_offsets(
-        p, W, number(sources, s, STRIDE_H), number(sources, s, STRIDE_W), SOURCE_LAYOUT
+        p, W, number(sources, s, STRIDE_H), number(sources, s, STRIDE_W), SOURCE_LAYOUT, 1
     )
     if AFFINE:
         scale += start

@@ -14,6 +14,7 @@ from .parts import (
     STRIDE_H,
     STRIDE_N,
     STRIDE_W,
+    UNALIGNED,
     UNSPECIALIZED,
     X,
     number,
@@ -53,7 +54,7 @@ def _write_output(
         tl.store(moments + 2 * K + k, tl.sum(away * away, 0), mask=there)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def forward(
     out,
     moments,

@@ -31,6 +31,9 @@ STRIDED = tl.constexpr(2)
 
 # Sizes that differ from layer to layer, and whose alignment or being 1 helps nothing.
 UNSPECIALIZED = ["num_sources", "H", "W", "K", "total_channels", "radius_h", "radius_w"]
+# Were outputs known to be aligned, threads would own runs of pixels to write them in one piece, and
+# neighbours would read the sources, which a tap's step leaves unaligned, from far apart.
+UNALIGNED = ["out_stride_n", "out_stride_c", "out_stride_w"]
 
 PACKED_OFFSET = tl.constexpr(1 << 62)
 
@@ -55,12 +58,12 @@ def source_of(sources, block):
 
 
 @triton.jit
-def pixel_offsets(p, W, stride_h, stride_w, LAYOUT: tl.constexpr):
-    """Element offsets of the pixels `p` of an image, in the type of `p`."""
+def pixel_offsets(p, W, stride_h, stride_w, LAYOUT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Element offsets of the pixels `p` of an image, in the type of `p`; multiples of ALIGNED."""
     if LAYOUT == PLANES:
         return p
     if LAYOUT == CHANNELS_LAST:
-        return p * stride_w.to(p.dtype)
+        return p * tl.multiple_of(stride_w.to(p.dtype), ALIGNED)
     return (p // W) * stride_h.to(p.dtype) + (p % W) * stride_w.to(p.dtype)
 
 
@@ -77,14 +80,6 @@ def channel_offsets(c, stride_c, LAYOUT: tl.constexpr):
     if LAYOUT == CHANNELS_LAST:
         return c
     return c * stride_c.to(c.dtype)
-
-
-@triton.jit
-def aligned(pointer, LAYOUT: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer to a pixel; loads from there are vectors where all pixels start at 16 bytes."""
-    if LAYOUT == CHANNELS_LAST and ALIGNED > 1:
-        return tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @triton.jit
