@@ -4,6 +4,7 @@ from importlib import metadata
 
 from . import autocast, autograd, reference, vmap  # noqa: F401 (rules register themselves)
 from .backends import use_backend, why_not
+from .backends.triton import dispatch  # noqa: F401 (likewise)
 from .block import d2_block
 from .block_params import ConvParams, D2Params, NormParams
 from .functional import multidilated_conv2d

@@ -1,4 +1,4 @@
-"""What is here (info), and whether it computes the right numbers (verify)."""
+"""What is here (info), whether it computes the right numbers (verify), and how fast (tune)."""
 
 from __future__ import annotations
 
@@ -78,6 +78,18 @@ def verify() -> int:
     return 1 if wrong else 0
 
 
+def tune() -> int:
+    """Find the fastest block sizes of the Triton kernels on this GPU, and keep them."""
+    from .backends.triton.tune import tune
+
+    try:
+        print(f"written to {tune()}")
+    except RuntimeError as reason:
+        print(f"nothing to tune: {reason}")
+        return 1
+    return 0
+
+
 def _worst_ratio(
     backend: str,
     dtype: torch.dtype,
@@ -114,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         return bench(given[1:])
     parser = argparse.ArgumentParser(prog="python -m d3net_kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (info, verify):
+    for command in (info, verify, tune):
         commands.add_parser(command.__name__, help=command.__doc__).set_defaults(run=command)
     commands.add_parser("bench", help=bench.__doc__)
     with warnings.catch_warnings():

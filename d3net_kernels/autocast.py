@@ -7,6 +7,7 @@ them in float32 next to bfloat16 or float16 inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == torch.float64 else t.to(dtype)
 
 
-def _register(device: str, dispatch_key: str) -> None:
+def _register(op: Any, device: str, dispatch_key: str) -> None:
     def kernel(
         inputs: Sequence[Tensor],
         weight: Tensor,
@@ -31,7 +32,7 @@ def _register(device: str, dispatch_key: str) -> None:
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            out: Tensor = ops.multidilated_conv2d(
+            out: Tensor = op(
                 [_cast(x, dtype) for x in inputs],
                 _cast(weight, dtype),
                 None if bias is None else _cast(bias, dtype),
@@ -42,8 +43,9 @@ def _register(device: str, dispatch_key: str) -> None:
             )
         return out
 
-    ops.library.impl(ops.multidilated_conv2d, kernel, dispatch_key)
+    ops.library.impl(op, kernel, dispatch_key)
 
 
-_register("cpu", "AutocastCPU")
-_register("cuda", "AutocastCUDA")
+for _op in (ops.DEFAULT.multidilated_conv2d, ops.TRITON.multidilated_conv2d):
+    _register(_op, "cpu", "AutocastCPU")
+    _register(_op, "cuda", "AutocastCUDA")

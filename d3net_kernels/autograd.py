@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
-from . import ops
+from .ops import DEFAULT, TRITON, Operators, library
 from .reference import psi
 
 # A gradient or None per argument of a node. Autograd sees tensors only outside of lists, so a node
@@ -35,7 +35,7 @@ class _Forward:
     """multidilated_conv2d(weight, bias, dilations, scale, shift, relu, *inputs)."""
 
     @staticmethod
-    def evaluate(*flat: Any) -> Tensor:
+    def evaluate(ops: Operators, *flat: Any) -> Tensor:
         weight, bias, dilations, scale, shift, relu, *inputs = flat
         out: Tensor = ops.multidilated_conv2d(inputs, weight, bias, dilations, scale, shift, relu)
         return out
@@ -47,6 +47,7 @@ class _Forward:
 
     @staticmethod
     def gradients(ctx: Any, grad_output: Tensor | None) -> _Gradients:
+        ops: Operators = ctx.ops
         weight, scale, shift, *inputs = ctx.saved_tensors
         want_weight, want_bias, _, want_scale, want_shift, _, *wanted = ctx.needs_input_grad
         if grad_output is None:
@@ -67,7 +68,7 @@ class _BackwardData:
     """multidilated_conv2d_backward_data(grad_output, weight, ..., wanted, *inputs)."""
 
     @staticmethod
-    def evaluate(*flat: Any) -> tuple[Tensor, ...]:
+    def evaluate(ops: Operators, *flat: Any) -> tuple[Tensor, ...]:
         grad_output, weight, dilations, scale, shift, relu, wanted, *inputs = flat
         grad_inputs, grad_scale, grad_shift = ops.backward_data(
             grad_output, inputs, weight, dilations, scale, shift, relu, wanted
@@ -87,6 +88,7 @@ class _BackwardData:
 
         u = m (s to_x + x to_s + to_t); conv(u, w) and correlation(g, u) are the gradients of g, w.
         """
+        ops: Operators = ctx.ops
         grad_output, weight, scale, shift, *inputs = ctx.saved_tensors
         want_grad_output, want_weight, _, want_scale, _, _, _, *wanted = ctx.needs_input_grad
         slices = _channel_slices(inputs)
@@ -140,7 +142,7 @@ class _BackwardWeight:
     """multidilated_conv2d_backward_weight(grad_output, weight, ..., relu, *inputs)."""
 
     @staticmethod
-    def evaluate(*flat: Any) -> tuple[Tensor, ...]:
+    def evaluate(ops: Operators, *flat: Any) -> tuple[Tensor, ...]:
         grad_output, weight, dilations, scale, shift, relu, *inputs = flat
         return tuple(
             ops.backward_weight(grad_output, inputs, weight, dilations, scale, shift, relu)
@@ -154,6 +156,7 @@ class _BackwardWeight:
     @staticmethod
     def gradients(ctx: Any, to_weight: Tensor | None, to_bias: Tensor | None) -> _Gradients:
         """<correlation(g, y), V> = <g, conv(y, V)>: the operator itself, with V as the weight."""
+        ops: Operators = ctx.ops
         grad_output, weight, scale, shift, *inputs = ctx.saved_tensors
         want_grad_output, _, _, want_scale, want_shift, _, *wanted = ctx.needs_input_grad
         psi_arguments = (ctx.dilations, scale, shift, ctx.relu)
@@ -181,8 +184,8 @@ def _channel_slices(inputs: Sequence[Tensor]) -> list[slice]:
     return [slice(start, start := start + x.shape[1]) for x in inputs]
 
 
-def _node(rule: Any) -> Any:
-    """The autograd node of `rule`.
+def _node(rule: Any, ops: Operators) -> Any:
+    """The autograd node of `rule`, in terms of `ops`.
 
     Single level, because torch.func has already taken its level off the call when the Autograd key
     is reached; the kernel below this node passes on to the next one.
@@ -190,20 +193,25 @@ def _node(rule: Any) -> Any:
 
     def forward(ctx: Any, *flat: Any) -> Any:
         ctx.set_materialize_grads(False)
+        ctx.ops = ops
         rule.keep(ctx, flat)
         # The node turned gradients off, for the outer levels of torch.func too; they need them.
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
-            return rule.evaluate(*flat)
+            return rule.evaluate(ops, *flat)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(rule.gradients)}
     return type(rule.__name__, (_SingleLevelFunction,), members)
 
 
 def _register(
-    op: Any, rule: Any, sources_at: int, restore: Callable[[Any], Any] = lambda results: results
+    op: Any,
+    rule: Any,
+    ops: Operators,
+    sources_at: int,
+    restore: Callable[[Any], Any] = lambda results: results,
 ) -> None:
     """Make `op`, whose argument number `sources_at` is the sources, differentiable by `rule`."""
-    node = _node(rule)
+    node = _node(rule, ops)
 
     def kernel(*arguments: Any) -> Any:
         sources = arguments[sources_at]
@@ -216,14 +224,16 @@ def _register(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
-    ops.library.impl(op, kernel, "Autograd")
+    library.impl(op, kernel, "Autograd")
 
 
-_register(ops.multidilated_conv2d, _Forward, sources_at=0)
-_register(
-    ops.backward_data,
-    _BackwardData,
-    sources_at=1,
-    restore=lambda results: (list(results[2:]), results[0], results[1]),
-)
-_register(ops.backward_weight, _BackwardWeight, sources_at=1)
+for _ops in (DEFAULT, TRITON):
+    _register(_ops.multidilated_conv2d, _Forward, _ops, sources_at=0)
+    _register(
+        _ops.backward_data,
+        _BackwardData,
+        _ops,
+        sources_at=1,
+        restore=lambda results: (list(results[2:]), results[0], results[1]),
+    )
+    _register(_ops.backward_weight, _BackwardWeight, _ops, sources_at=1)

@@ -41,13 +41,14 @@ def d2_block(
     out_layers = checks.block_options(norm, out_layers, layers)
     batch_statistics = any(n.running_mean is None or n.use_batch_statistics for n in params.norms)
     checks.block_input(x, params.convs[0].weight, batch_statistics)
-    if backends.reference_is_forced([x]):
+    forced = backends.forced_for([x])
+    if forced == "reference":
         return reference.d2_block(x, params, norm=norm, out_layers=out_layers)
     autocast = autocast_dtype_for(x)
     if autocast is not None:
         x = x.to(autocast)  # once, and not once per layer
         params = _cast(params, autocast)
-    if block_node.serves(x, params, norm):
+    if forced in (None, "cpu") and block_node.serves(x, params, norm):
         return block_node.d2_block(x, params, norm, out_layers)
     return block_layers.d2_block(x, params, norm, out_layers)
 

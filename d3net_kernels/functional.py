@@ -54,10 +54,12 @@ def multidilated_conv2d(
     sources, flat = checks.problem(
         inputs, weight, bias, dilations, group_channels, scale, shift, relu
     )
-    if backends.reference_is_forced(sources):
+    forced = backends.forced_for(sources)
+    if forced == "reference":
         pairs = list(zip(flat[::2], flat[1::2], strict=True))
         return reference.multidilated_conv2d(
             sources, weight, bias, dilations=pairs, scale=scale, shift=shift, relu=relu
         )
-    out: Tensor = ops.multidilated_conv2d(sources, weight, bias, flat, scale, shift, relu)
+    operators = ops.TRITON if forced == "triton" else ops.DEFAULT
+    out: Tensor = operators.multidilated_conv2d(sources, weight, bias, flat, scale, shift, relu)
     return out

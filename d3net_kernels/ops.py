@@ -6,7 +6,8 @@ operators are again the three (see `_backward_data_vjp` and `_backward_weight_vj
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,30 +25,56 @@ _BLOCK = (
 )
 
 library = torch.library.Library(_NAMESPACE, "DEF")
-for _schema in (
-    f"multidilated_conv2d({_PROBLEM}, Tensor? bias, {_PSI}) -> Tensor",
-    f"multidilated_conv2d_backward_data(Tensor grad_output, {_PROBLEM}, {_PSI}, int[] wanted)"
-    " -> (Tensor[] grad_inputs, Tensor grad_scale, Tensor grad_shift)",
-    f"multidilated_conv2d_backward_weight(Tensor grad_output, {_PROBLEM}, {_PSI})"
-    " -> (Tensor grad_weight, Tensor grad_bias)",
-    "channel_moments(Tensor x) -> (Tensor mean, Tensor var)",
+_overloads = torch.ops.d3net_kernels
+
+
+def _define(schema: str) -> Any:
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    return getattr(_overloads, schema[: schema.index("(")]).default
+
+
+class Operators(NamedTuple):
+    """The three operators: those of one backend call no others, in their backward passes too."""
+
+    multidilated_conv2d: Any
+    backward_data: Any
+    backward_weight: Any
+
+    @staticmethod
+    def define(name: str) -> Operators:
+        """Declare them under `name`."""
+        return Operators(
+            _define(f"{name}({_PROBLEM}, Tensor? bias, {_PSI}) -> Tensor"),
+            _define(
+                f"{name}_backward_data(Tensor grad_output, {_PROBLEM}, {_PSI}, int[] wanted)"
+                " -> (Tensor[] grad_inputs, Tensor grad_scale, Tensor grad_shift)"
+            ),
+            _define(
+                f"{name}_backward_weight(Tensor grad_output, {_PROBLEM}, {_PSI})"
+                " -> (Tensor grad_weight, Tensor grad_bias)"
+            ),
+        )
+
+
+# What the dispatcher chooses for the tensors' device; and what use_backend("triton") asks for.
+DEFAULT = Operators.define("multidilated_conv2d")
+TRITON = Operators.define("triton_multidilated_conv2d")
+multidilated_conv2d, backward_data, backward_weight = DEFAULT
+channel_moments = _define("channel_moments(Tensor x) -> (Tensor mean, Tensor var)")
+d2_block = _define(
     f"d2_block(Tensor x, {_BLOCK}, bool keep)"
-    " -> (Tensor out, Tensor features, Tensor mean, Tensor var)",
+    " -> (Tensor out, Tensor features, Tensor mean, Tensor var)"
+)
+d2_block_backward = _define(
     "d2_block_backward(Tensor grad_out, Tensor x, Tensor out, Tensor features, Tensor mean,"
     f" Tensor var, {_BLOCK}, int[] wanted) -> (Tensor grad_x, Tensor[] grad_weights,"
-    " Tensor[] grad_biases, Tensor[] grad_norm_weights, Tensor[] grad_norm_biases)",
-    "cpu_isa(str request) -> str",
+    " Tensor[] grad_biases, Tensor[] grad_norm_weights, Tensor[] grad_norm_biases)"
+)
+_define("cpu_isa(str request) -> str")
+_define(
     "cpu_plan(int batch, int in_channels, int out_channels, int height, int width, int dilation,"
-    " int precision, bool exact) -> str",
-):
-    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-_overloads = torch.ops.d3net_kernels
-multidilated_conv2d = _overloads.multidilated_conv2d.default
-backward_data = _overloads.multidilated_conv2d_backward_data.default
-backward_weight = _overloads.multidilated_conv2d_backward_weight.default
-channel_moments = _overloads.channel_moments.default
-d2_block = _overloads.d2_block.default
-d2_block_backward = _overloads.d2_block_backward.default
+    " int precision, bool exact) -> str"
+)
 
 # Below every device's own kernel: the dispatcher comes here where there is none.
 for _op, _kernel in (
@@ -168,10 +195,10 @@ def _fake_d2_block_backward(
     return grad_x, groups[0], groups[1], groups[2], groups[3]
 
 
+_FAKES: tuple[Callable[..., Any], ...] = (_fake_forward, _fake_backward_data, _fake_backward_weight)
 for _op, _fake in (
-    (multidilated_conv2d, _fake_forward),
-    (backward_data, _fake_backward_data),
-    (backward_weight, _fake_backward_weight),
+    *zip(DEFAULT, _FAKES, strict=True),
+    *zip(TRITON, _FAKES, strict=True),
     (channel_moments, _fake_channel_moments),
     (d2_block, _fake_d2_block),
     (d2_block_backward, _fake_d2_block_backward),

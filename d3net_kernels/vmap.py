@@ -6,6 +6,7 @@ gradients of its inputs; sums over N (of weight, bias, scale, shift) differ per 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,22 +18,22 @@ from . import ops
 _Dims = tuple[Any, ...]
 
 
-def _forward(info: Any, dims: _Dims, *arguments: Any) -> tuple[Tensor, int]:
+def _forward(op: Any, info: Any, dims: _Dims, *arguments: Any) -> tuple[Tensor, int]:
     inputs_dims, *other_dims = dims
     if any(dim is not None for dim in other_dims):
-        return _loop(ops.multidilated_conv2d, info, dims, arguments)
+        return _loop(op, info, dims, arguments)
     inputs, *others = arguments
     folded = _fold_all(inputs, inputs_dims, info.batch_size)
-    return _unfold(ops.multidilated_conv2d(folded, *others), info.batch_size), 0
+    return _unfold(op(folded, *others), info.batch_size), 0
 
 
-def _backward_data(info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
+def _backward_data(op: Any, info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
     grad_output, inputs, weight, dilations, scale, shift, relu, wanted = arguments
     grad_dim, inputs_dims, *other_dims = dims
     if scale is not None or any(dim is not None for dim in other_dims):
-        return _loop(ops.backward_data, info, dims, arguments)
+        return _loop(op, info, dims, arguments)
     size = info.batch_size
-    grad_inputs, grad_scale, grad_shift = ops.backward_data(
+    grad_inputs, grad_scale, grad_shift = op(
         _fold(grad_output, grad_dim, size),
         _fold_all(inputs, inputs_dims, size),
         weight,
@@ -50,12 +51,12 @@ def _backward_data(info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
     return (batched, grad_scale, grad_shift), (grad_dims, None, None)
 
 
-def _backward_weight(info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
-    return _loop(ops.backward_weight, info, dims, arguments)
+def _backward_weight(op: Any, info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
+    return _loop(op, info, dims, arguments)
 
 
-def _channel_moments(info: Any, dims: _Dims, x: Tensor) -> tuple[Any, Any]:
-    return _loop(ops.channel_moments, info, dims, (x,))
+def _channel_moments(op: Any, info: Any, dims: _Dims, x: Tensor) -> tuple[Any, Any]:
+    return _loop(op, info, dims, (x,))
 
 
 def _d2_block(info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
@@ -107,12 +108,12 @@ def _stack(results: Sequence[Any]) -> tuple[Any, Any]:
     return kind(r for r, _ in stacked), kind(d for _, d in stacked)
 
 
+_RULES = (_forward, _backward_data, _backward_weight)
 for _op, _rule in (
-    (ops.multidilated_conv2d, _forward),
-    (ops.backward_data, _backward_data),
-    (ops.backward_weight, _backward_weight),
+    *zip(ops.DEFAULT, _RULES, strict=True),
+    *zip(ops.TRITON, _RULES, strict=True),
     (ops.channel_moments, _channel_moments),
     (ops.d2_block, _d2_block),
     (ops.d2_block_backward, _d2_block_backward),
 ):
-    torch.library.register_vmap(_op, _rule, lib=ops.library)
+    torch.library.register_vmap(_op, functools.partial(_rule, _op), lib=ops.library)

@@ -10,11 +10,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from d3net_kernels.backends import triton
+
 SEED = int(os.environ.get("D3NET_KERNELS_TEST_SEED") or secrets.randbits(31))
 
 
 def pytest_report_header() -> str:
     return f"d3net_kernels: D3NET_KERNELS_TEST_SEED={SEED}, torch {torch.__version__}"
+
+
+if triton.interpreted():
+    import triton_interpreter
+
+    triton_interpreter.make_device_calls_cheap()
 
 
 @pytest.fixture

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import d3net_kernels as dk
 from d3net_kernels import numerics
-from d3net_kernels.backends import composite
+from d3net_kernels.backends import composite, triton
 from d3net_kernels.numerics import Problem
 
 ALL = ("inputs", "weight", "bias", "scale", "shift")
@@ -249,21 +251,21 @@ def _public(backend: str | None) -> Callable[[Problem], dict[str, Tensor]]:
     return run
 
 
-def _composite(problem: Problem) -> dict[str, Tensor]:
-    """Results of the plain torch kernels, which the dispatcher hides where there are better."""
+def direct(kernels: Any, problem: Problem) -> dict[str, Tensor]:
+    """Results of a module's three kernels themselves: of those that the dispatcher hides here."""
     p = problem.map(lambda t: t)
     dilations = [d for pair in p.dilations for d in pair]
     psi = (dilations, p.scale, p.shift, p.relu)
     needed = {name for name, t in p.tensors().items() if t.requires_grad}
     wanted = [int(x.requires_grad) for x in p.inputs]
     with torch.no_grad():
-        results = {"out": composite.forward(p.inputs, p.weight, p.bias, *psi)}
+        results = {"out": kernels.forward(p.inputs, p.weight, p.bias, *psi)}
         if not needed:
             return results
         by_name = dict(
             zip(
                 ("inputs", "scale", "shift"),
-                composite.backward_data(p.grad_output, p.inputs, p.weight, *psi, wanted),
+                kernels.backward_data(p.grad_output, p.inputs, p.weight, *psi, wanted),
                 strict=True,
             )
         )
@@ -271,7 +273,7 @@ def _composite(problem: Problem) -> dict[str, Tensor]:
         by_name |= dict(
             zip(
                 ("weight", "bias"),
-                composite.backward_weight(p.grad_output, p.inputs, p.weight, *psi),
+                kernels.backward_weight(p.grad_output, p.inputs, p.weight, *psi),
                 strict=True,
             )
         )
@@ -291,10 +293,12 @@ def _on_gpu(backend: str) -> Callable[[Problem], dict[str, Tensor]]:
 
 
 # "default" is what users get: the compiled kernels, or the plain torch ones through the dispatcher.
-BACKENDS: dict[str, Callable[[Problem], dict[str, Tensor]]] = {
-    "default": _public(None),
-    "composite": _composite,
-}
+# Triton's interpreter takes a process of its own, in which it is the only one: see test_triton.py.
+BACKENDS: dict[str, Callable[[Problem], dict[str, Tensor]]] = (
+    {"triton": _public("triton")}
+    if triton.interpreted()
+    else {"default": _public(None), "composite": functools.partial(direct, composite)}
+)
 if dk.why_not("cuda") is None:
     BACKENDS["cuda"] = _on_gpu("cuda")
 

@@ -1,8 +1,9 @@
 """Which implementation serves a call: chosen by the dispatcher, or forced by the user.
 
-Left alone, torch's dispatcher picks the compiled kernel for the tensors' device and falls back to
-the plain torch kernels of `composite`. `use_backend` or D3NET_KERNELS_BACKEND force one backend and
-turn its absence into an error; "reference" is plain torch with plain torch autograd.
+Left alone, torch's dispatcher picks the compiled kernel for the tensors' device, for CUDA tensors
+without one Triton's, and falls back to the plain torch kernels of `composite`. `use_backend` or
+D3NET_KERNELS_BACKEND force one backend and turn its absence into an error; "reference" is plain
+torch with plain torch autograd.
 """
 
 from __future__ import annotations
@@ -74,14 +75,14 @@ def why_not(backend: str, *tensors: Tensor) -> str | None:
     return _PREDICATES[backend](tensors)
 
 
-def reference_is_forced(tensors: Sequence[Tensor]) -> bool:
-    """Whether plain torch must serve this call; raises where a forced backend cannot."""
+def forced_for(tensors: Sequence[Tensor]) -> str | None:
+    """The backend that the user asks for, if any; raises where it cannot serve `tensors`."""
     if _forced is None:
-        return False
+        return None
     if _forced not in _PREDICATES:
         raise ValueError(f"D3NET_KERNELS_BACKEND is {_forced!r}; accepted are {', '.join(NAMES)}")
     _require(_forced, tensors)
-    return _forced == "reference"
+    return _forced
 
 
 def _require(name: str, tensors: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ _CLASSES = {
     "mma": "mma",
     "wgmma": "mma",
     "ldmatrix": "ldmatrix",
+    "stmatrix": "ldmatrix",
     "cp": "cp.async",
     "atom": "atomic",
     "red": "atomic",

@@ -76,6 +76,47 @@ void ldmatrix(Warp& w, const Instruction& in, uint32_t) {
           lane, in.constants[3] != 0, [&](int r) -> const uint16_t* { return rows[8 * i + r]; });
 }
 
+/// operands: address, then 1, 2 or 4 matrices; constants as of ldmatrix.
+void stmatrix(Warp& w, const Instruction& in, uint32_t) {
+  const int number = static_cast<int>(in.operands.size()) - 1;
+  SharedMemory& shared = w.block->shared;
+  Traffic& count = w.block->launch.counts[in.index].shared;
+  ++count.requests;
+  for (int i = 0; i < number; ++i) {
+    int banks[32] = {}, most = 0;
+    const uint32_t* pairs = w.reg<uint32_t>(in.operands[i + 1]);
+    for (int r = 0; r < 8; ++r) {
+      const int lane = 8 * i + r;
+      const bool wide = in.constants[2] == 8;
+      const uint32_t place = in.operands[0];
+      uint64_t address = wide ? w.reg<uint64_t>(place)[lane] : w.reg<uint32_t>(place)[lane];
+      address = (address & ~window_mask) + static_cast<uint64_t>(in.constants[1]);
+      const uint32_t who = 1u << lane;
+      if (address % 16) w.fail(in, who, "row address not aligned to 16 bytes");
+      if (address > shared.size() || shared.size() - address < 16)
+        w.fail(in, who,
+               "row at " + std::to_string(address) + " outside the " +
+                   std::to_string(shared.size()) + " bytes of shared memory of this launch");
+      uint16_t row[8];  // lane 4 r + c / 2 holds columns c and c + 1 of row r
+      for (int c = 0; c < 8; ++c) {
+        const int holder = in.constants[3] ? 4 * c + r / 2 : 4 * r + c / 2;
+        const int half = in.constants[3] ? r % 2 : c % 2;
+        row[c] = static_cast<uint16_t>(pairs[holder] >> 16 * half);
+      }
+      if (std::memcmp(shared.data() + address, row, sizeof row) != 0) {
+        const std::string problem = shared.access(w.index, address, 16, true);
+        if (!problem.empty()) w.fail(in, who, problem);
+      }
+      std::memcpy(shared.data() + address, row, sizeof row);
+      for (uint64_t word = address / 4; word < address / 4 + 4; ++word)
+        most = std::max(most, ++banks[word % 32]);
+    }
+    count.units += most;
+    count.ideal += 1;
+    count.bytes += 8 * 16;
+  }
+}
+
 // wgmma: D (64 x N) += A (64 x 16) B (16 x N) of four warps; A from registers or shared memory, B
 // from shared memory, through matrix descriptors (PTX ISA, "Matrix Descriptor Format").
 
@@ -88,7 +129,10 @@ uint64_t descriptor_address(uint64_t descriptor, int mn, int k, bool transposed)
   uint64_t address = start;
   if (transposed) {
     const int per_row = width / 2;
-    address += (mn % per_row) * 2 + mn / per_row * leading + (k % 8) * width + k / 8 * stride;
+    address += (mn % per_row) * 2 + (k % 8) * width;
+    // Without swizzling the two offsets change places.
+    address += mode ? mn / per_row * leading + k / 8 * stride
+                    : mn / per_row * stride + k / 8 * leading;
   } else {
     address += mn / 8 * stride + (mn % 8) * width;
     address += mode ? uint64_t(k) * 2 : k / 8 * leading + (k % 8) * 2;
@@ -158,6 +202,7 @@ void register_matrix_operations() {
   register_operation("mma.m16n8k4.tf32", mma<MatrixType::tf32, 4>, whole);
   register_operation("mma.m8n8k4.f64", mma_f64, whole);
   register_operation("ldmatrix", ldmatrix, whole);
+  register_operation("stmatrix", stmatrix, whole);
   register_operation("wgmma", wgmma, Kind::warpgroup_meets);
 }
 

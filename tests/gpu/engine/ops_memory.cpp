@@ -110,10 +110,12 @@ struct Access {
       count_wavefronts(count);
   }
 
-  void check_races() const {
+  /// Of these lanes: a store of what is there already disturbs nobody, and Triton's warps that
+  /// hold the same part of a tensor all store it.
+  void check_races(uint32_t changing) const {
     if (space != shared) return;
     for (int l = 0; l < lanes; ++l)
-      if (mask >> l & 1) {
+      if (changing >> l & 1) {
         const std::string problem = warp.block->shared.access(warp.index, address[l], bytes, write);
         if (!problem.empty()) fail(l, problem);
       }
@@ -242,7 +244,7 @@ void load(Warp& w, const Instruction& in, uint32_t mask) {
     for (size_t i = 0; i < number; ++i)
       w.reg<Register>(in.operands[i])[l] = static_cast<Register>(elements[i]);
   }
-  access.check_races();
+  access.check_races(mask);
 }
 
 template <class Element, class Register>
@@ -253,14 +255,17 @@ void store(Warp& w, const Instruction& in, uint32_t mask) {
   access.record();
   char* where[lanes];
   access.locate(where);
+  uint32_t changing = 0;
   for (int l = 0; l < lanes; ++l) {
     if (!(mask >> l & 1)) continue;
     Element elements[8];
     for (size_t i = 0; i < number; ++i)
       elements[i] = static_cast<Element>(w.reg<Register>(in.operands[i + 1])[l]);
-    std::memcpy(where[l], elements, number * sizeof(Element));
+    const size_t size = number * sizeof(Element);
+    if (std::memcmp(where[l], elements, size) != 0) changing |= 1u << l;
+    std::memcpy(where[l], elements, size);
   }
-  access.check_races();
+  access.check_races(changing);
 }
 
 template <class Element, class Register>

@@ -508,6 +508,24 @@ def _ldmatrix(d: Operands, m: Modifiers, args: list[str]) -> str:
     return "ldmatrix"
 
 
+def _stmatrix(d: Operands, m: Modifiers, args: list[str]) -> str:
+    m.need("sync")
+    m.need("aligned")
+    m.need("m8n8")
+    number = m.need("x1", "x2", "x4")
+    transposed = m.take("trans")
+    m.need("shared", "shared::cta")
+    m.need("b16")
+    matrices = vector(args[1])
+    if len(matrices) != int(number[1:]):
+        raise RefusedError("number of matrices and registers do not match")
+    d.address(args[0], "shared")
+    for register in matrices:
+        d.reads(register, 4)
+    d.constant(int(transposed is not None))
+    return "stmatrix"
+
+
 def _wgmma(d: Operands, m: Modifiers, args: list[str]) -> str:
     if m.take("fence", "commit_group", "wait_group"):  # executed at once, nothing to wait for
         m.need("sync")
@@ -590,6 +608,7 @@ INSTRUCTIONS: dict[str, InstructionDecoder] = {
     "activemask": _active_mask,
     "mma": _mma,
     "ldmatrix": _ldmatrix,
+    "stmatrix": _stmatrix,
     "wgmma": _wgmma,
 }
 """Decoder of every instruction that is supported."""

@@ -1,0 +1,200 @@
+"""How large the blocks of a kernel are: shipped, or tuned on this machine; pure functions.
+
+Tuned sizes lie in $D3NET_KERNELS_CACHE (default: d3net_kernels in $XDG_CACHE_HOME or ~/.cache), one
+file for every device name, torch and triton version; `python -m d3net_kernels tune` writes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+KERNELS = ("forward", "backward_data", "backward_weight")
+_SHARED = 32  # a program's common work, in outputs: what reading a pixel for all of them is worth
+_WAVES = 4  # programs a multiprocessor should get of the weight gradient, where rows allow it
+
+
+class Config(NamedTuple):
+    """Block sizes and compiler options of one launch.
+
+    pixels: those of a tile, or of a patch in the weight gradient. channels: those of a chunk, or of
+    a block in the weight gradient. warps, stages: Triton's num_warps and num_stages.
+    """
+
+    pixels: int
+    channels: int
+    warps: int
+    stages: int
+
+
+class Key(NamedTuple):
+    """What a configuration depends on; `outputs` are those of one program."""
+
+    kernel: str
+    arch: str
+    dtype: torch.dtype
+    outputs: int
+
+    @property
+    def bucket(self) -> int:
+        """The number of the first bucket that holds the outputs, or of the last one."""
+        return min(sum(self.outputs > most for most in _BUCKETS), len(_BUCKETS) - 1)
+
+    @property
+    def name(self) -> str:
+        """Kernel, dtype and bucket of outputs: what tuned files call it."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kernel}/{dtype}/{_BUCKETS[self.bucket]}"
+
+
+_BUCKETS = (16, 40, 80)  # outputs of a program, up to
+
+# Chosen by spills, counted traffic and instructions: no spills on sm_80 and sm_90 (see tests/gpu).
+_INTERPRETER = {
+    "forward": Config(1024, 64, 1, 1),
+    "backward_data": Config(1024, 64, 1, 1),
+    "backward_weight": Config(256, 64, 1, 1),
+}
+# By the bytes of an element, the kernel, and the bucket of outputs.
+_SHIPPED = {
+    2: {
+        "forward": (Config(128, 16, 4, 3), Config(128, 16, 4, 3), Config(128, 16, 8, 3)),
+        "backward_data": (Config(128, 16, 4, 3), Config(128, 16, 4, 3), Config(128, 16, 8, 3)),
+        "backward_weight": (Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    },
+    4: {
+        "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(64, 16, 4, 2)),
+        "backward_data": (Config(64, 16, 4, 2), Config(64, 16, 4, 2), Config(64, 16, 8, 2)),
+        "backward_weight": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2)),
+    },
+    8: {
+        "forward": (Config(32, 16, 4, 2),) * 3,
+        "backward_data": (Config(32, 16, 4, 2),) * 3,
+        "backward_weight": (Config(32, 16, 4, 2),) * 3,
+    },
+}
+
+
+def config_for(key: Key, device: torch.device) -> Config:
+    """The tuned configuration of `key` on `device` where there is one, else the shipped one."""
+    if key.arch == "interpreter":
+        return _INTERPRETER[key.kernel]
+    return tuned(device).get(key.name) or shipped(key)
+
+
+def shipped(key: Key) -> Config:
+    """The configuration that comes with the package."""
+    return _SHIPPED[key.dtype.itemsize][key.kernel][key.bucket]
+
+
+def output_blocks(groups: Sequence[int], largest: int = 64) -> tuple[int, int]:
+    """BLOCK and REST of the kernels, for outputs in groups each of which fills whole blocks.
+
+    BLOCK is a power of two from 8 to `largest`, REST 0 or a smaller one. A program costs its
+    outputs, padded ones too, and what it does once for all of them.
+    """
+
+    def cost(pieces: tuple[int, int]) -> tuple[int, int]:
+        programs = sum(-(-group // sum(pieces)) for group in groups)
+        return programs * (sum(pieces) + _SHARED), pieces[1]
+
+    powers = [1 << i for i in range(3, largest.bit_length())]
+    return min(((b, r) for b in powers for r in (0, *powers) if r < b), key=cost)
+
+
+def patch_columns(height: int, width: int, pixels: int) -> int:
+    """How wide a patch of `pixels` is that covers a map with the fewest padded ones."""
+
+    def cost(columns: int) -> tuple[int, int]:
+        rows = pixels // columns
+        return -(-width // columns) * -(-height // rows), -columns
+
+    return min((1 << i for i in range(3, pixels.bit_length())), key=cost)
+
+
+def slabs(device: torch.device, programs: int, rows: int) -> int:
+    """Into how many slabs the weight gradient's rows go, each with so many programs."""
+    wanted = _WAVES * _multiprocessors(device)
+    return max(1, min(rows, -(-wanted // programs)))
+
+
+def arch_of(device: torch.device) -> str:
+    """The architecture of a device, as in "sm_90" or "gfx942"; "interpreter" for the CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 16
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where the tuned configurations of `device` are kept."""
+    import triton
+
+    given = os.environ.get("D3NET_KERNELS_CACHE")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(given) if given else user / "d3net_kernels"
+    name = (
+        f"{torch.cuda.get_device_name(device)}-torch{torch.__version__}-triton{triton.__version__}"
+    )
+    return folder / "triton" / (re.sub(r"[^\w.+-]+", "_", name) + ".json")
+
+
+@functools.cache
+def tuned(device: torch.device) -> dict[str, Config]:
+    """The tuned configurations of `device` by name, read once a process."""
+    return read(cache_file(device))
+
+
+def read(path: Path) -> dict[str, Config]:
+    """What write() wrote; empty where there is no such file, or (with a warning) a damaged one."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        return _damaged(path, error)
+    try:
+        configs = {name: Config(**numbers) for name, numbers in json.loads(text).items()}
+        for config in configs.values():
+            if not all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in config[:3]):
+                raise ValueError(f"{config} holds numbers that are no powers of two")
+            if type(config.stages) is not int or config.stages < 1:
+                raise ValueError(f"{config} holds no number of stages")
+    except (ValueError, TypeError, AttributeError) as error:
+        return _damaged(path, error)
+    return configs
+
+
+def write(path: Path, configs: dict[str, Config]) -> None:
+    """Replace a file of tuned configurations at once: readers see the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({name: config._asdict() for name, config in configs.items()}, indent=1)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text + "\n")
+    Path(file.name).replace(path)
+
+
+def _damaged(path: Path, error: Exception) -> dict[str, Config]:
+    warnings.warn(
+        f"{path} is not used, the shipped configurations are: {error}; "
+        "`python -m d3net_kernels tune` writes it anew",
+        stacklevel=2,
+    )
+    return {}

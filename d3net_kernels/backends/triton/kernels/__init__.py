@@ -1,0 +1,16 @@
+"""What runs on the GPU: one program of each kernel.
+
+All three are implicit matrix products over pixels. In the forward pass and the data gradient a
+program owns a tile of pixels of one image, which runs along the rows, flattened, so that any map
+fills it. Per source it walks over chunks of channels and, within one, over those taps that reach
+into the map from at least one pixel of the tile. In the weight gradient a program owns a block of
+channels at one tap and walks over the patches of a slab of rows, those only whose tap is inside the
+map.
+
+Outputs are covered by one block of a power of two, BLOCK, and optionally a smaller one behind it,
+REST: 36 outputs are 32 + 8 and not 64.
+
+Numbers that belong to a source come as one tuple per source. They are packed so that Triton does
+not compile anew for each of their values (see views.py), and chosen at run time, so that the code
+does not grow with the number of sources.
+"""

@@ -1,0 +1,229 @@
+"""The data gradient, and those of scale and shift with it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .add_source import add_source
+from .parts import (
+    CHANNELS,
+    DILATION_H,
+    DILATION_W,
+    FIRST_BLOCK,
+    GRAD,
+    GRAD_STRIDE_C,
+    GRAD_STRIDE_N,
+    GRAD_STRIDE_W,
+    START,
+    STRIDE_C,
+    STRIDE_H,
+    STRIDE_N,
+    STRIDE_W,
+    UNSPECIALIZED,
+    X,
+    channel_offsets,
+    number,
+    pixel_offsets,
+    psi,
+    source_of,
+)
+
+
+@triton.jit
+def _write_gradient(
+    acc,
+    x,
+    grad,
+    wanted,
+    sums,
+    scale,
+    shift,
+    p,
+    c,
+    channels,
+    total_channels,
+    inside,
+    offsets,
+    stride_c,
+    grad_stride_c,
+    grad_stride_w,
+    LAYOUT: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """From the gradient of psi(x) to that of x, and this tile's share of those of scale, shift."""
+    there = c < channels
+    mask = inside[:, None] & there[None, :]
+    if AFFINE or RELU:
+        at = offsets[:, None] + channel_offsets(c.to(offsets.dtype), stride_c, LAYOUT)[None, :]
+        values = tl.load(x + at, mask=mask, other=0).to(acc.dtype)
+        factor = 0
+        summand = 0
+        if AFFINE:
+            factor = tl.load(scale + c, mask=there, other=0).to(acc.dtype)[None, :]
+            summand = tl.load(shift + c, mask=there, other=0).to(acc.dtype)[None, :]
+        y = psi(values, factor, summand, AFFINE, False)
+        if RELU:  # what is NaN passes
+            acc = tl.where(y <= 0, tl.zeros_like(acc), acc)
+        if AFFINE:
+            tl.store(sums + c, tl.sum(acc * values, 0), mask=there)
+            tl.store(sums + total_channels + c, tl.sum(acc, 0), mask=there)
+            acc *= factor
+    if wanted:
+        to = p[:, None] * grad_stride_w.to(p.dtype) + c.to(p.dtype)[None, :] * grad_stride_c.to(
+            p.dtype
+        )
+        tl.store(grad + to, acc.to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_data(
+    sums,
+    weight,
+    scale,
+    shift,
+    outputs,
+    sources,
+    H,
+    W,
+    K,
+    total_channels,
+    radius_h,
+    radius_w,
+    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SOURCE_LAYOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The data gradient; program (tile of pixels, block of channels of one source).
+
+    It is the convolution once more: the gradient of the output, which `outputs` holds, is the only
+    source, and the taps come in reverse. `weight` is (kh, kw, K, channels), where zeros fill the
+    last block of every source. `sums` is (programs of axis 0, 2, sum C_i): of m x gy and of m gy.
+    """
+    tiles = tl.cdiv(H * W, PIXELS)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    first = tl.program_id(0) % tiles
+    if WIDE:
+        first = first.to(tl.int64)
+    first *= PIXELS
+    p = first + tl.arange(0, PIXELS)
+    inside = p < H * W
+
+    block = tl.program_id(1)
+    s = source_of(sources, block)
+    channels = number(sources, s, CHANNELS).to(tl.int32)
+    start = number(sources, s, START)
+    c = (block - number(sources, s, FIRST_BLOCK).to(tl.int32)) * (BLOCK + REST)
+    c_rest = c + BLOCK + tl.arange(0, REST if REST > 0 else 1)
+    c += tl.arange(0, BLOCK)
+
+    dtype: tl.constexpr = weight.dtype.element_ty
+    weight_stride_k = tl.num_programs(1).to(tl.int64) * (BLOCK + REST)
+    weight_stride_w = K * weight_stride_k
+    weight_stride_h = (2 * radius_w + 1) * weight_stride_w
+    weight += radius_h * weight_stride_h + radius_w * weight_stride_w + block * (BLOCK + REST)
+    acc, rest = add_source(
+        tl.zeros((PIXELS, BLOCK), ACCUMULATOR),
+        tl.zeros((PIXELS, REST if REST > 0 else 1), ACCUMULATOR),
+        number(outputs, 0, X).to(tl.pointer_type(dtype)) + n * number(outputs, 0, STRIDE_N),
+        K,
+        number(outputs, 0, STRIDE_C),
+        number(outputs, 0, STRIDE_H),
+        number(outputs, 0, STRIDE_W),
+        number(sources, s, DILATION_H),
+        number(sources, s, DILATION_W),
+        p,
+        first,
+        H,
+        W,
+        weight,
+        weight_stride_k,
+        -weight_stride_h,
+        -weight_stride_w,
+        tl.arange(0, BLOCK),
+        BLOCK + tl.arange(0, REST if REST > 0 else 1),
+        radius_h,
+        radius_w,
+        scale,
+        shift,
+        LAYOUT,
+        ALIGNED,
+        False,
+        False,
+        PRECISION,
+        UPCAST,
+        PIXELS,
+        CHUNK,
+        REST,
+        STAGES,
+    )
+
+    x = number(sources, s, X).to(tl.pointer_type(dtype)) + n * number(sources, s, STRIDE_N)
+    grad = number(sources, s, GRAD)
+    wanted = grad != 0
+    grad = grad.to(tl.pointer_type(dtype)) + n * number(sources, s, GRAD_STRIDE_N)
+    grad_stride_c = number(sources, s, GRAD_STRIDE_C)
+    grad_stride_w = number(sources, s, GRAD_STRIDE_W)
+    stride_c = number(sources, s, STRIDE_C)
+    offsets = pixel_offsets(
+        p, W, number(sources, s, STRIDE_H), number(sources, s, STRIDE_W), SOURCE_LAYOUT, 1
+    )
+    if AFFINE:
+        scale += start
+        shift += start
+        sums += tl.program_id(0).to(tl.int64) * 2 * total_channels + start
+    _write_gradient(
+        acc,
+        x,
+        grad,
+        wanted,
+        sums,
+        scale,
+        shift,
+        p,
+        c,
+        channels,
+        total_channels,
+        inside,
+        offsets,
+        stride_c,
+        grad_stride_c,
+        grad_stride_w,
+        SOURCE_LAYOUT,
+        AFFINE,
+        RELU,
+    )
+    if REST > 0:
+        _write_gradient(
+            rest,
+            x,
+            grad,
+            wanted,
+            sums,
+            scale,
+            shift,
+            p,
+            c_rest,
+            channels,
+            total_channels,
+            inside,
+            offsets,
+            stride_c,
+            grad_stride_c,
+            grad_stride_w,
+            SOURCE_LAYOUT,
+            AFFINE,
+            RELU,
+        )

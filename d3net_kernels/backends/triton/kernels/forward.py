@@ -1,0 +1,176 @@
+"""The forward pass."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .add_source import add_source
+from .parts import (
+    CHANNELS,
+    DILATION_H,
+    DILATION_W,
+    STRIDE_C,
+    STRIDE_H,
+    STRIDE_N,
+    STRIDE_W,
+    UNALIGNED,
+    UNSPECIALIZED,
+    X,
+    number,
+)
+
+
+@triton.jit
+def _write_output(
+    out,
+    moments,
+    bias,
+    acc,
+    p,
+    k,
+    K,
+    inside,
+    out_stride_c,
+    out_stride_w,
+    BIAS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    """One block of outputs; with MOMENTS also count, sum and squared deviations of each."""
+    there = k < K
+    if BIAS:
+        acc += tl.load(bias + k, mask=there, other=0).to(acc.dtype)[None, :]
+    values = acc.to(out.dtype.element_ty)
+    offsets = p[:, None] * out_stride_w + k.to(p.dtype)[None, :] * out_stride_c
+    tl.store(out + offsets, values, mask=inside[:, None] & there[None, :])
+    if MOMENTS:
+        kept = tl.where(inside[:, None], values.to(acc.dtype), tl.zeros_like(acc))
+        total = tl.sum(kept, 0)
+        count = tl.sum(inside.to(acc.dtype), 0)
+        mean = total / count
+        away = tl.where(inside[:, None], kept - mean[None, :], tl.zeros_like(acc))
+        tl.store(moments + k, count, mask=there)
+        tl.store(moments + K + k, total, mask=there)
+        tl.store(moments + 2 * K + k, tl.sum(away * away, 0), mask=there)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+def forward(
+    out,
+    moments,
+    weight,
+    bias,
+    scale,
+    shift,
+    sources,
+    num_sources,
+    H,
+    W,
+    K,
+    total_channels,
+    out_stride_n,
+    out_stride_c,
+    out_stride_w,
+    radius_h,
+    radius_w,
+    LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    AFFINE: tl.constexpr,
+    RELU: tl.constexpr,
+    BIAS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The forward pass; program (tile of pixels, block of outputs).
+
+    `weight` is (kh, kw, sum C_i, K), zeros behind the last K to whole blocks. `moments` is
+    (programs of axis 0, 3, K).
+    """
+    tiles = tl.cdiv(H * W, PIXELS)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    first = tl.program_id(0) % tiles
+    if WIDE:
+        first = first.to(tl.int64)
+    first *= PIXELS
+    p = first + tl.arange(0, PIXELS)
+    k = tl.program_id(1) * (BLOCK + REST) + tl.arange(0, BLOCK)
+    k_rest = tl.program_id(1) * (BLOCK + REST) + BLOCK + tl.arange(0, REST if REST > 0 else 1)
+
+    weight_stride_c = tl.cdiv(K, BLOCK + REST).to(tl.int64) * (BLOCK + REST)
+    weight_stride_w = total_channels * weight_stride_c
+    weight_stride_h = (2 * radius_w + 1) * weight_stride_w
+    weight += radius_h * weight_stride_h + radius_w * weight_stride_w
+    acc = tl.zeros((PIXELS, BLOCK), ACCUMULATOR)
+    rest = tl.zeros((PIXELS, REST if REST > 0 else 1), ACCUMULATOR)
+    for s in range(num_sources):
+        x = number(sources, s, X).to(tl.pointer_type(weight.dtype.element_ty))
+        channels = number(sources, s, CHANNELS).to(tl.int32)
+        acc, rest = add_source(
+            acc,
+            rest,
+            x + n * number(sources, s, STRIDE_N),
+            channels,
+            number(sources, s, STRIDE_C),
+            number(sources, s, STRIDE_H),
+            number(sources, s, STRIDE_W),
+            number(sources, s, DILATION_H),
+            number(sources, s, DILATION_W),
+            p,
+            first,
+            H,
+            W,
+            weight,
+            weight_stride_c,
+            weight_stride_h,
+            weight_stride_w,
+            k,
+            k_rest,
+            radius_h,
+            radius_w,
+            scale,
+            shift,
+            LAYOUT,
+            ALIGNED,
+            AFFINE,
+            RELU,
+            PRECISION,
+            UPCAST,
+            PIXELS,
+            CHUNK,
+            REST,
+            STAGES,
+        )
+        weight += channels * weight_stride_c
+        if AFFINE:
+            scale += channels
+            shift += channels
+
+    inside = p < H * W
+    out += n * out_stride_n
+    moments += tl.program_id(0).to(tl.int64) * 3 * K
+    _write_output(
+        out, moments, bias, acc, p, k, K, inside, out_stride_c, out_stride_w, BIAS, MOMENTS
+    )
+    if REST > 0:
+        _write_output(
+            out,
+            moments,
+            bias,
+            rest,
+            p,
+            k_rest,
+            K,
+            inside,
+            out_stride_c,
+            out_stride_w,
+            BIAS,
+            MOMENTS,
+        )

@@ -1,0 +1,323 @@
+"""From tensors to launches: the kernels of the three operators, with the signatures of ops.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ... import _layout
+from . import configs, interpreted
+from .kernels.backward_data import backward_data as backward_data_kernel
+from .kernels.backward_weight import backward_weight as backward_weight_kernel
+from .kernels.forward import forward as forward_kernel
+from .views import (
+    Source,
+    View,
+    alignment,
+    layout_of,
+    need_wide_offsets,
+    packed,
+    packed_sources,
+)
+
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def forward(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    dilations: Sequence[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """Kernel of d3net_kernels::multidilated_conv2d."""
+    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    return _forward(call, bias, None)
+
+
+def forward_with_moments(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    dilations: Sequence[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and mean and biased variance (K,) of its channels, from the same launch.
+
+    They are those of channel_moments, NaN where there is nothing to average.
+    """
+    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    tiles = call.tiles(call.config("forward", weight.shape[0]))
+    moments = call.accumulators(tiles, 3, weight.shape[0])
+    out = _forward(call, bias, moments)
+    return out, *_mean_and_variance(moments, out)
+
+
+def backward_data(
+    grad_output: Tensor,
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    dilations: Sequence[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    wanted: Sequence[int],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Kernel of d3net_kernels::multidilated_conv2d_backward_data."""
+    grads = [
+        _layout.empty(x.shape, x) if is_wanted else x.new_empty(0)
+        for x, is_wanted in zip(inputs, wanted, strict=True)
+    ]
+    like = weight if scale is None else scale
+    channels = 0 if scale is None else weight.shape[1]
+    active = [i for i, is_wanted in enumerate(wanted) if is_wanted or scale is not None]
+    if grad_output.numel() == 0 or not active:
+        return grads, like.new_zeros(channels), like.new_zeros(channels)
+
+    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    pieces = configs.output_blocks([inputs[i].shape[1] for i in active])
+    config = call.config("backward_data", sum(pieces))
+    sources, blocks = call.sources(sum(pieces), active)
+    ready = weight.new_zeros((*weight.shape[2:], weight.shape[0], blocks * sum(pieces)))
+    rows = []
+    for i, source in zip(active, sources, strict=True):
+        at, width = source.first_block * sum(pieces), source.view.channels
+        group = weight.narrow(1, source.start, width)
+        ready.narrow(3, at, width).copy_(group.permute(2, 3, 0, 1))
+        grad = View.of(grads[i]) if wanted[i] else _NOT_WANTED
+        own = (grad.pointer, grad.stride_n, grad.stride_c, grad.stride_w)
+        rows.append((*source.numbers(), *own))
+    sums = call.accumulators(call.tiles(config), 2, channels)
+    view = View.of(grad_output)
+    call.launch(
+        backward_data_kernel,
+        (call.tiles(config), blocks),
+        config,
+        pieces,
+        sums,
+        ready,
+        call.scale,
+        call.shift,
+        (packed(view),),
+        packed_sources(rows),
+        call.height,
+        call.width,
+        weight.shape[0],
+        weight.shape[1],
+        *call.radii,
+        LAYOUT=layout_of([view], call.width),
+        ALIGNED=alignment([view], weight.element_size()),
+        SOURCE_LAYOUT=call.layout,
+        WIDE=need_wide_offsets([grad_output, *inputs]),
+        CHUNK=config.channels,
+    )
+    grad_scale, grad_shift = sums.sum(0, dtype=torch.float64).to(like.dtype)
+    return grads, grad_scale, grad_shift
+
+
+def backward_weight(
+    grad_output: Tensor,
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    dilations: Sequence[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Kernel of d3net_kernels::multidilated_conv2d_backward_weight."""
+    if grad_output.numel() == 0:
+        return weight.new_zeros(weight.shape), weight.new_zeros(weight.shape[0])
+    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    outputs, _, *taps = weight.shape
+    pieces = configs.output_blocks([outputs])
+    config = call.config("backward_weight", sum(pieces))
+    output_blocks = -(-outputs // sum(pieces))
+    sources, blocks = call.sources(config.channels, range(len(inputs)))
+    programs = blocks * taps[0] * taps[1]
+    slabs = configs.slabs(inputs[0].device, programs * output_blocks, call.batch * call.height)
+    partial = call.accumulators(slabs, *taps, weight.shape[1], output_blocks * sum(pieces))
+    view = View.of(grad_output)
+    call.launch(
+        backward_weight_kernel,
+        (slabs, programs, output_blocks),
+        config,
+        pieces,
+        partial,
+        call.scale,
+        call.shift,
+        (packed(view),),
+        packed_sources([source.numbers() for source in sources]),
+        call.batch,
+        call.height,
+        call.width,
+        outputs,
+        weight.shape[1],
+        *call.radii,
+        LAYOUT=layout_of([view], call.width),
+        SOURCE_LAYOUT=call.layout,
+        WIDE=need_wide_offsets([grad_output, *inputs]),
+        DTYPE=_TYPES[weight.dtype],
+        COLUMNS=configs.patch_columns(call.height, call.width, config.pixels),
+        CHANNELS_BLOCK=config.channels,
+    )
+    grad_weight = partial.sum(0)[..., :outputs].permute(3, 2, 0, 1)
+    grad_bias = grad_output.sum((0, 2, 3), dtype=partial.dtype)
+    return grad_weight.to(weight.dtype).contiguous(), grad_bias.to(weight.dtype)
+
+
+_NOT_WANTED = View(0, 0, 0, 0, 0, 0)
+
+
+class _Call:
+    """What the launches of one call have in common."""
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        weight: Tensor,
+        dilations: Sequence[int],
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+    ) -> None:
+        self.inputs, self.weight, self.relu = inputs, weight, relu
+        self.batch, _, self.height, self.width = inputs[0].shape
+        self.views = [View.of(x) for x in inputs]
+        self.layout = layout_of(self.views, self.width)
+        self.dilations = list(zip(dilations[::2], dilations[1::2], strict=True))
+        self.radii = (weight.shape[2] // 2, weight.shape[3] // 2)
+        self.affine = scale is not None
+        # Kernels take some tensor for what is not there, and do not touch it.
+        self.scale = weight if scale is None else scale.contiguous()
+        self.shift = weight if shift is None else shift.contiguous()
+
+    def config(self, kernel: str, outputs: int) -> configs.Config:
+        """Block sizes of a kernel whose programs have so many outputs each."""
+        device = self.weight.device
+        key = configs.Key(kernel, configs.arch_of(device), self.weight.dtype, outputs)
+        return configs.config_for(key, device)
+
+    def tiles(self, config: configs.Config) -> int:
+        """Tiles of pixels of all images."""
+        return int(self.batch * -(-self.height * self.width // config.pixels))
+
+    def sources(self, block: int, active: Sequence[int]) -> tuple[list[Source], int]:
+        """The sources of these numbers, each in whole blocks of channels; how many blocks."""
+        starts = [0]
+        for view in self.views:
+            starts.append(starts[-1] + view.channels)
+        sources, blocks = [], 0
+        for i in active:
+            sources.append(Source(self.views[i], self.dilations[i], starts[i], blocks))
+            blocks += -(-self.views[i].channels // block)
+        return sources, blocks
+
+    def accumulators(self, *shape: int) -> Tensor:
+        """Memory for sums."""
+        return self.weight.new_empty(shape, dtype=_layout.dtype_for(self.weight))
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        config: configs.Config,
+        pieces: tuple[int, int],
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
+        """Start `kernel` on the device of the weight, in torch's current stream there."""
+        dtype = self.weight.dtype
+        with torch.cuda.device(self.weight.device if self.weight.is_cuda else -1):
+            kernel[grid](
+                *arguments,
+                **options,
+                AFFINE=self.affine,
+                RELU=self.relu,
+                PRECISION=_precision(self.weight),
+                UPCAST=interpreted() and dtype == torch.bfloat16,
+                ACCUMULATOR=_TYPES[_layout.dtype_for(self.weight)],
+                PIXELS=config.pixels,
+                BLOCK=pieces[0],
+                REST=pieces[1],
+                STAGES=config.stages,
+                num_warps=config.warps,
+                # Lanes that reduce together would round one product more, each another, and
+                # store unequal sums in one place.
+                enable_fp_fusion=False,
+            )
+
+
+def _forward(call: _Call, bias: Tensor | None, moments: Tensor | None) -> Tensor:
+    inputs, weight = call.inputs, call.weight
+    outputs = weight.shape[0]
+    out = _layout.empty((call.batch, outputs, call.height, call.width), inputs[0])
+    if out.numel() == 0:
+        return out
+    pieces = configs.output_blocks([outputs])
+    blocks = -(-outputs // sum(pieces))
+    config = call.config("forward", outputs)
+    ready = weight.new_zeros((*weight.shape[2:], weight.shape[1], blocks * sum(pieces)))
+    ready.narrow(3, 0, outputs).copy_(weight.permute(2, 3, 1, 0))
+    sources, _ = call.sources(1, range(len(inputs)))
+    view = View.of(out)
+    call.launch(
+        forward_kernel,
+        (call.tiles(config), blocks),
+        config,
+        pieces,
+        out,
+        out if moments is None else moments,
+        ready,
+        out if bias is None else bias.contiguous(),
+        call.scale,
+        call.shift,
+        packed_sources([source.numbers() for source in sources]),
+        len(sources),
+        call.height,
+        call.width,
+        outputs,
+        weight.shape[1],
+        view.stride_n,
+        view.stride_c,
+        view.stride_w,
+        *call.radii,
+        LAYOUT=call.layout,
+        ALIGNED=alignment(call.views, out.element_size()),
+        WIDE=need_wide_offsets([out, *inputs]),
+        BIAS=bias is not None,
+        MOMENTS=moments is not None,
+        CHUNK=config.channels,
+    )
+    return out
+
+
+def _mean_and_variance(moments: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Tiles' sums and squared deviations from their own means, put together (Chan et al. 1979).
+
+    `moments` is (tiles of all images, 3, K): number of pixels, sum, squared deviations.
+    """
+    counts, sums, deviations = moments.double().unbind(1)
+    total = counts.sum(0)
+    mean = sums.sum(0) / total
+    variance = (deviations + counts * (sums / counts - mean).square()).sum(0) / total
+    return mean.to(moments.dtype), variance.to(moments.dtype)
+
+
+def _precision(t: Tensor) -> str:
+    """TF32 where torch's own convolutions may use it, else all bits of float32."""
+    convolutions: Any = torch.backends.cudnn
+    allowed = t.is_cuda and convolutions.conv.fp32_precision == "tf32"
+    return "tf32" if t.dtype == torch.float32 and allowed else "ieee"

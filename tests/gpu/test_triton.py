@@ -1,0 +1,159 @@
+"""The Triton kernels as compiled for GPUs: their PTX executed on the CPU, their resources.
+
+Triton compiles for any architecture anywhere; what differs from a GPU is the machine that executes.
+Most cases are slow because every dtype, layout and block size is a kernel to compile.
+"""
+
+from __future__ import annotations
+
+import grid
+import pytest
+import torch
+
+import gpu
+
+pytest.importorskip("triton")
+
+from d3net_kernels.backends.triton import configs, launch
+
+from .triton_driver import Launch, emulated
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+needs_engine = pytest.mark.skipif(gpu.why_no_engine() is not None, reason=str(gpu.why_no_engine()))
+needs_ptxas = pytest.mark.skipif(gpu.why_no_nvcc() is not None, reason=str(gpu.why_no_nvcc()))
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# One layer of D3Net for every bucket of outputs of configs.py: sources and outputs.
+LAYERS = {"narrow": ([32, 12, 12], 12), "middle": ([64, 36, 36, 36], 36), "broad": ([128, 64], 64)}
+DEFAULT = {  # by architecture, cases of the grid that are not slow
+    "sm_80": ("bfloat16_psi_float32_wide_contiguous", "one_source"),
+    "sm_90": ("bfloat16_psi_float32_wide_contiguous",),
+}
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    ("arch", "case"),
+    [
+        pytest.param(
+            arch,
+            case,
+            marks=() if case.name in names else pytest.mark.slow,
+            id=f"{arch}-{case.name}",
+        )
+        for arch, names in DEFAULT.items()
+        for case in grid.CASES
+    ],
+)
+def test_right(arch: str, case: grid.Case, generator: torch.Generator) -> None:
+    problem = case.problem(generator)
+    with emulated(arch) as emulator:
+        results = grid.direct(launch, problem)
+    grid.assert_right(problem, results)
+    if case.dtype == torch.bfloat16 and problem.grad_output.numel() > 0:
+        instruction = {"sm_80": "mma.sync.aligned.m16n8k16", "sm_90": "wgmma.mma_async"}[arch]
+        assert any(instruction in done.texts["ptx"] for done in emulator.launches)
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": "reverse", "blocks": "reverse", "cp_async": "early"},
+        {"order": "random", "blocks": "random", "cp_async": "random", "lanes": "reverse"},
+    ],
+    ids=["reverse", "random"],
+)
+def test_same_bits_in_any_order(options: dict[str, str], generator: torch.Generator) -> None:
+    """Of warps, lanes, blocks and copies: nothing depends on what the hardware leaves open."""
+    case = next(c for c in grid.CASES if c.name == DEFAULT["sm_80"][0])
+    problem = case.problem(generator)
+    with emulated("sm_80"):
+        expected = grid.direct(launch, problem)
+    with emulated("sm_80", **options):
+        results = grid.direct(launch, problem)
+    for name, result in expected.items():
+        assert torch.equal(result, results[name]), name
+
+
+@needs_engine
+def test_numbers_of_sources_make_few_kernels(generator: torch.Generator) -> None:
+    """Channels, dilations and strides are no reason to compile, nor is one more source."""
+    texts = set()
+    for channels, dilations in (((5, 7, 6), None), ((16, 1, 3, 2), ((1, 3), 16, 2, 1))):
+        case = grid.Case("", channels=channels, out_channels=6, dilations=dilations, needs=())
+        problem = case.problem(generator)
+        with emulated("sm_80") as emulator:
+            grid.assert_right(problem, grid.direct(launch, problem))
+        texts.add(emulator.launches[0].texts["ptx"])
+    assert len(texts) == 1
+
+
+def compiled(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> list[Launch]:
+    """The three kernels of a layer, compiled and not executed."""
+    channels, outputs = LAYERS[layer]
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype).contiguous(memory_format=memory)
+
+    inputs = [empty(2, c, 32, 64) for c in channels]
+    weight = torch.empty(outputs, sum(channels), 3, 3, dtype=dtype)
+    scale = torch.empty(sum(channels))
+    psi = ([d for i in range(len(channels)) for d in (1 << i, 1 << i)], scale, scale, True)
+    grad_output = empty(2, outputs, 32, 64)
+    with emulated(arch, execute=False) as emulator:
+        launch.forward(inputs, weight, weight[:, 0, 0, 0], *psi)
+        launch.backward_data(grad_output, inputs, weight, *psi, [1] * len(inputs))
+        launch.backward_weight(grad_output, inputs, weight, *psi)
+    return emulator.launches
+
+
+def some_not_slow(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> object:
+    usual = dtype == torch.bfloat16 and layer == "middle" and not channels_last
+    kind = "channels_last" if channels_last else "planes"
+    return pytest.param(
+        arch,
+        dtype,
+        layer,
+        channels_last,
+        marks=() if usual else pytest.mark.slow,
+        id=f"{arch}-{str(dtype).removeprefix('torch.')}-{layer}-{kind}",
+    )
+
+
+@needs_ptxas
+@pytest.mark.parametrize(
+    ("arch", "dtype", "layer", "channels_last"),
+    [
+        some_not_slow(arch, dtype, layer, channels_last)
+        for arch in ("sm_80", "sm_90")
+        for dtype in DTYPES
+        for layer in LAYERS
+        for channels_last in (False, True)
+    ],
+)
+def test_no_spills(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> None:
+    """Of the shipped configurations; "a" for wgmma, which Triton chooses on sm_90."""
+    assembled_for = "sm_90a" if arch == "sm_90" else arch
+    for done in compiled(arch, dtype, layer, channels_last):
+        (used,) = gpu.resources(done.texts["ptx"], assembled_for).values()
+        assert (used.spill_stores, used.spill_loads) == (0, 0), f"{done.name}: {used}"
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "layer", "channels_last"),
+    [
+        some_not_slow(arch, dtype, layer, channels_last)
+        for arch in ("sm_100", "gfx942")
+        for dtype in DTYPES
+        for layer in ("middle",)
+        for channels_last in (False, True)
+    ],
+)
+def test_compiles(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> None:
+    """For Blackwell and for AMD's MI300, whose code nothing here can execute."""
+    kernels = compiled(arch, dtype, layer, channels_last)
+    assert [done.name for done in kernels] == list(configs.KERNELS)
+    kind = "amdgcn" if arch.startswith("gfx") else "ptx"
+    assert all(done.name in done.texts[kind] for done in kernels)

@@ -1,0 +1,161 @@
+"""The Triton kernels on CPU tensors, beyond the grid; test_triton.py sets TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import threading
+
+import grid
+import pytest
+import torch
+
+import d3net_kernels as dk
+from d3net_kernels import numerics, ops
+from d3net_kernels.backends.triton import configs, launch
+
+SMALL = grid.Case("", channels=(3, 2), out_channels=4, size=(2, 5, 6))
+
+
+def test_is_served() -> None:
+    assert dk.why_not("triton", torch.zeros(1, 1, 1, 1)) is None
+    assert "meta" in str(dk.why_not("triton", torch.zeros(1, 1, 1, 1, device="meta")))
+    assert "65 sources" in str(dk.why_not("triton", *[torch.zeros(1, 1, 1, 1)] * 65))
+
+
+def test_backward_pass_stays_with_triton(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also outside of use_backend and in another thread."""
+    problem = SMALL.problem(generator)
+    dilations = problem.dilations
+    with dk.use_backend("triton"):
+        out = dk.multidilated_conv2d(problem.inputs, problem.weight, dilations=dilations)
+    called = []
+    for name in ("backward_data", "backward_weight"):
+        original = getattr(launch, name)
+
+        def spy(*arguments: object, name: str = name, original: object = original) -> object:
+            called.append(name)
+            return original(*arguments)  # type: ignore[operator]
+
+        monkeypatch.setattr(launch, name, spy)
+    thread = threading.Thread(target=lambda: out.backward(problem.grad_output))
+    thread.start()
+    thread.join()
+    assert sorted(called) == ["backward_data", "backward_weight"]
+    assert problem.weight.grad is not None
+
+
+def test_second_derivatives(generator: torch.Generator) -> None:
+    """As those of the default operators, which gradgradcheck holds to the definition."""
+    case = grid.Case("", channels=(2, 1), out_channels=2, size=(1, 3, 4), dtype=torch.float64)
+    problem = case.problem(generator)
+    tensors = list(problem.tensors().values())
+    grad_output = problem.grad_output.requires_grad_()
+
+    def derivatives(operators: ops.Operators) -> tuple[torch.Tensor, ...]:
+        out = operators.multidilated_conv2d(
+            problem.inputs,
+            problem.weight,
+            problem.bias,
+            [1, 1, 2, 2],
+            problem.scale,
+            problem.shift,
+            True,
+        )
+        first = torch.autograd.grad(out, tensors, grad_output, create_graph=True)
+        total = sum((g * g.cos()).sum() for g in first)
+        return torch.autograd.grad(total, [grad_output, *tensors[:3], *tensors[4:]])
+
+    torch.testing.assert_close(derivatives(ops.TRITON), derivatives(ops.DEFAULT))
+
+
+def test_opcheck(generator: torch.Generator) -> None:
+    """Strides and dtypes of fake and real kernels agree, and autograd through torch.compile's."""
+    problem = SMALL.problem(generator)
+    arguments = (
+        problem.inputs,
+        problem.weight,
+        problem.bias,
+        [1, 1, 2, 2],
+        problem.scale,
+        problem.shift,
+        True,
+    )
+    torch.library.opcheck(ops.TRITON.multidilated_conv2d, arguments)
+
+
+def test_compiled_as_one_node(generator: torch.Generator) -> None:
+    problem = SMALL.problem(generator)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(backend=keep, fullgraph=True)
+    def layer(*inputs: torch.Tensor) -> torch.Tensor:
+        return dk.multidilated_conv2d(list(inputs), problem.weight, relu=True)
+
+    with dk.use_backend("triton"):
+        out = layer(*problem.inputs)
+        expected = dk.multidilated_conv2d(problem.inputs, problem.weight, relu=True)
+    assert torch.equal(out, expected)
+    called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called == [ops.TRITON.multidilated_conv2d]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_moments(layout: str, generator: torch.Generator) -> None:
+    """Mean and variance of the output as stored, whatever lies in the tiles' tails."""
+    case = grid.Case("", out_channels=36, size=(2, 30, 41), layout=layout, needs=())
+    problem = case.problem(generator)
+    dilations = [d for pair in problem.dilations for d in pair]
+    out, mean, variance = launch.forward_with_moments(
+        problem.inputs,
+        problem.weight,
+        problem.bias,
+        dilations,
+        problem.scale,
+        problem.shift,
+        problem.relu,
+    )
+    grid.assert_right(problem, {"out": out})
+    truth_variance, truth_mean = torch.var_mean(out.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), truth_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), truth_variance, rtol=1e-6, atol=0)
+
+
+def test_moments_far_from_zero(generator: torch.Generator) -> None:
+    """A mean of a thousand deviations: the difference of two sums would have lost the variance."""
+    bias = torch.tensor([1000.0])
+    x = torch.randn(2, 1, 40, 50, generator=generator)
+    weight = torch.ones(1, 1, 1, 1)
+    out, _, variance = launch.forward_with_moments([x], weight, bias, [1, 1], None, None, False)
+    torch.testing.assert_close(variance, out.var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
+
+
+def test_same_bits_for_every_number_of_slabs_twice(generator: torch.Generator) -> None:
+    problem = SMALL.problem(generator)
+    with dk.use_backend("triton"):
+        first = numerics.results_of(dk.multidilated_conv2d, problem)
+        second = numerics.results_of(dk.multidilated_conv2d, problem)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("slabs", [1, 3, 10])
+def test_slabs(slabs: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole rows, more slabs than patches, one slab."""
+    monkeypatch.setattr(configs, "slabs", lambda *_: slabs)
+    problem = grid.Case("", needs=("weight", "bias"), size=(2, 5, 6)).problem(generator)
+    grid.assert_right(problem, grid.BACKENDS["triton"](problem))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_other"])
+def test_wide_offsets(
+    layout: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 64-bit variant, which only tensors of more than 2**30 elements choose."""
+    monkeypatch.setattr(launch, "need_wide_offsets", lambda _: True)
+    case = grid.Case("", channels=(3, 2), size=(2, 5, 6), layout=layout, grad_layout=layout)
+    problem = case.problem(generator)
+    grid.assert_right(problem, grid.BACKENDS["triton"](problem))

@@ -1,0 +1,202 @@
+"""The Triton backend without a GPU: the grid in Triton's interpreter, its choices, its cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import d3net_kernels as dk
+from d3net_kernels import ops
+from d3net_kernels.__main__ import main
+
+pytest.importorskip("triton")
+
+from d3net_kernels.backends.triton import configs
+
+TESTS = Path(__file__).parent
+
+# One or two cases of every kind: the interpreter takes seconds for each.
+INTERPRETED = (
+    "one_source",
+    "one_row",
+    "two_by_two",
+    "no_batch",
+    "no_columns",
+    "dilation_beyond_both",
+    "dilation_pairs",
+    "decreasing_dilations",
+    "uneven_sources",
+    "growth_36",
+    "kernel_1x1",
+    "kernel_3x5",
+    "psi_None_relu_True_bias_False",
+    "psi_same_relu_False_bias_True",
+    "layout_mixed_float32",
+    "layout_shared_last_bfloat16",
+    "grad_all_expanded_of_channels_last",
+    "float64_psi_same_small_channels_last",
+    "bfloat16_psi_float32_small_contiguous",
+    "float16_psi_None_small_contiguous",
+    "needs_inputs[0]_inputs[2]_bias",
+)
+
+
+def _pytest(*arguments: str) -> None:
+    """Run pytest in a process in which Triton interprets; the seed is that of this session."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=TESTS.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout.splitlines()[-1], run.stdout
+
+
+def test_interpreted_cases() -> None:
+    grid = TESTS / "test_grid.py"
+    _pytest(*(f"{grid}::test_right[triton-{name}]" for name in INTERPRETED))
+
+
+def test_interpreted() -> None:
+    _pytest(str(TESTS / "interpreted_triton.py"))
+
+
+@pytest.mark.slow
+def test_interpreted_grid() -> None:
+    _pytest(str(TESTS / "test_grid.py"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_gpu() -> None:
+    assert "no GPU" in str(dk.why_not("triton"))
+    with pytest.raises(RuntimeError, match="triton backend is not available: torch finds no GPU"):
+        dk.use_backend("triton")
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install triton" in str(dk.why_not("triton"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "GPU is sm_75; the kernels need sm_80"), ((8, 0), None)]
+)
+def test_old_gpu(
+    capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tensor:
+        device = torch.device("cuda", 0)
+        dtype = torch.float32
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    given = dk.why_not("triton", Tensor())  # type: ignore[arg-type]
+    assert given == reason if reason is None else reason in str(given)
+
+
+def test_serves_cuda_tensors_by_default() -> None:
+    """Through the dispatcher, where no compiled kernel is registered for them."""
+    for op in (*ops.DEFAULT, *ops.TRITON):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CUDA"), op.name()
+
+
+def test_output_blocks() -> None:
+    """Powers of two that cover all outputs with less than half of them, and 8, in vain."""
+    for outputs in range(1, 300):
+        block, rest = configs.output_blocks([outputs])
+        assert block in (8, 16, 32, 64), outputs
+        assert rest in (0, 8, 16, 32), outputs
+        assert rest < block, outputs
+        programs = -(-outputs // (block + rest))
+        assert outputs <= programs * (block + rest) < outputs * 1.5 + 8, outputs
+
+
+def test_output_blocks_of_d3net() -> None:
+    assert configs.output_blocks([36]) == (32, 8)
+    assert configs.output_blocks([64]) == (64, 0)
+    assert configs.output_blocks([12]) == (16, 0)
+    assert configs.output_blocks([20]) == (16, 8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 900), (211, 3), (64, 352), (32, 200)])
+def test_patch_columns(height: int, width: int) -> None:
+    """No other power of two covers the map with fewer pixels."""
+    columns = configs.patch_columns(height, width, 64)
+
+    def covered(columns: int) -> int:
+        rows = 64 // columns
+        return -(-width // columns) * columns * -(-height // rows) * rows
+
+    assert covered(columns) == min(covered(1 << i) for i in range(3, 7))
+
+
+def test_cache_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.json"
+    assert configs.read(path) == {}
+    tuned = {"forward/bfloat16/40": configs.Config(128, 32, 4, 2)}
+    configs.write(path, tuned)
+    assert configs.read(path) == tuned
+    configs.write(path, {})
+    assert configs.read(path) == {}
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "\x00\x01",
+        '{"forward/bfloat16/40": {"pixels": 128}}',
+        '{"forward/bfloat16/40": {"pixels": 100, "channels": 16, "warps": 4, "stages": 2}}',
+        '{"forward/bfloat16/40": {"pixels": 128, "channels": 16, "warps": 4, "stages": "2"}}',
+        '{"forward/bfloat16/40": {"pixels": 128, "channels": -16, "warps": 4, "stages": 2}}',
+    ],
+)
+def test_damaged_cache(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="file.json is not used"):
+        assert configs.read(path) == {}
+
+
+def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU/80GB")
+    monkeypatch.setenv("D3NET_KERNELS_CACHE", str(tmp_path))
+    path = configs.cache_file(torch.device("cuda"))
+    assert path.parent == tmp_path / "triton"
+    assert path.name.startswith("Some_GPU_80GB-torch")
+    monkeypatch.delenv("D3NET_KERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert configs.cache_file(torch.device("cuda")).parent == tmp_path / "user/d3net_kernels/triton"
+
+
+def test_tuned_configuration_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 7)
+    monkeypatch.setattr(configs, "cache_file", lambda _: tmp_path / "file.json")
+    key = configs.Key("forward", "sm_90", torch.bfloat16, 36)
+    assert key.name == "forward/bfloat16/40"
+    numbers = {"pixels": 256, "channels": 32, "warps": 8, "stages": 2}
+    (tmp_path / "file.json").write_text(json.dumps({key.name: numbers}))
+    configs.tuned.cache_clear()
+    assert configs.config_for(key, device) == configs.Config(**numbers)
+    other = key._replace(dtype=torch.float16)
+    assert configs.config_for(other, device) == configs.shipped(other)
+    configs.tuned.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_without_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune"]) == 1
+    assert "nothing to tune: torch finds no GPU here" in capsys.readouterr().out
