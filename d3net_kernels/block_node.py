@@ -19,8 +19,8 @@ from .backends import cpu
 from .block_params import ConvParams, D2Params, Norm, NormParams
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
-# The node's vectors run along channels. With fewer than these, block_layers is faster, whose vectors
-# run along the pixels of a row.
+# The node's vectors run along channels. With fewer, block_layers is faster, whose vectors run along
+# the pixels of a row.
 FEWEST_CHANNELS = 8
 _OF_SWITCH = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
 

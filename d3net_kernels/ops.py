@@ -196,11 +196,12 @@ def _fake_d2_block_backward(
 
 
 _FAKES: tuple[Callable[..., Any], ...] = (_fake_forward, _fake_backward_data, _fake_backward_weight)
-for _op, _fake in (
+_fakes: list[tuple[Any, Callable[..., Any]]] = [
     *zip(DEFAULT, _FAKES, strict=True),
     *zip(TRITON, _FAKES, strict=True),
     (channel_moments, _fake_channel_moments),
     (d2_block, _fake_d2_block),
     (d2_block_backward, _fake_d2_block_backward),
-):
+]
+for _op, _fake in _fakes:
     torch.library.register_fake(_op, _fake, lib=library)

@@ -51,20 +51,8 @@ def _backward_data(op: Any, info: Any, dims: _Dims, *arguments: Any) -> tuple[An
     return (batched, grad_scale, grad_shift), (grad_dims, None, None)
 
 
-def _backward_weight(op: Any, info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
+def _looped(op: Any, info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
     return _loop(op, info, dims, arguments)
-
-
-def _channel_moments(op: Any, info: Any, dims: _Dims, x: Tensor) -> tuple[Any, Any]:
-    return _loop(op, info, dims, (x,))
-
-
-def _d2_block(info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
-    return _loop(ops.d2_block, info, dims, arguments)
-
-
-def _d2_block_backward(info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
-    return _loop(ops.d2_block_backward, info, dims, arguments)
 
 
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -108,12 +96,12 @@ def _stack(results: Sequence[Any]) -> tuple[Any, Any]:
     return kind(r for r, _ in stacked), kind(d for _, d in stacked)
 
 
-_RULES = (_forward, _backward_data, _backward_weight)
+_RULES: tuple[Callable[..., Any], ...] = (_forward, _backward_data, _looped)
 for _op, _rule in (
     *zip(ops.DEFAULT, _RULES, strict=True),
     *zip(ops.TRITON, _RULES, strict=True),
-    (ops.channel_moments, _channel_moments),
-    (ops.d2_block, _d2_block),
-    (ops.d2_block_backward, _d2_block_backward),
+    (ops.channel_moments, _looped),
+    (ops.d2_block, _looped),
+    (ops.d2_block_backward, _looped),
 ):
     torch.library.register_vmap(_op, functools.partial(_rule, _op), lib=ops.library)

@@ -6,6 +6,8 @@ Most cases are slow because every dtype, layout and block size is a kernel to co
 
 from __future__ import annotations
 
+from typing import Any
+
 import grid
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_right(arch: str, case: grid.Case, generator: torch.Generator) -> None:
     ],
     ids=["reverse", "random"],
 )
-def test_same_bits_in_any_order(options: dict[str, str], generator: torch.Generator) -> None:
+def test_same_bits_in_any_order(options: dict[str, Any], generator: torch.Generator) -> None:
     """Of warps, lanes, blocks and copies: nothing depends on what the hardware leaves open."""
     case = next(c for c in grid.CASES if c.name == DEFAULT["sm_80"][0])
     problem = case.problem(generator)
