@@ -38,7 +38,11 @@ precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def serves(x: Tensor, params: D2Params, norm: Norm) -> bool:
     """Whether the node can do it; what it cannot, arguments that do not fit among it, block_layers
-    does or explains."""
+    does or explains. Exported programs are to run elsewhere too: they hold operators that every
+    device has.
+    """
+    if torch.compiler.is_exporting():
+        return False
     if x.device.type != "cpu" or x.numel() == 0 or cpu.why_not(()) is not None:
         return False
     layers = len(params.convs)
