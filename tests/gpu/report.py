@@ -119,7 +119,7 @@ def cuda_family(case: Case) -> Launched:
     (kernel,) = (
         name
         for name in launch.counters
-        if name.startswith(("tensor_", "direct_")) and case.operation in name
+        if name.startswith(("tensor_", "direct_")) and case.operation.removeprefix("backward_") in name
     )
     return Launched(kernel, *launch.launches[kernel], launch.counters[kernel])
 
