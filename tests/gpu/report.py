@@ -116,10 +116,9 @@ def cuda_family(case: Case) -> Launched:
         t.requires_grad_(name.split("[")[0] in wanted)
     launch = _Recording()
     Program(launch).results(problem, moments=case.operation == "forward")
+    part = case.operation.removeprefix("backward_")
     (kernel,) = (
-        name
-        for name in launch.counters
-        if name.startswith(("tensor_", "direct_")) and case.operation in name
+        name for name in launch.counters if name.startswith(("tensor_", "direct_")) and part in name
     )
     return Launched(kernel, *launch.launches[kernel], launch.counters[kernel])
 
