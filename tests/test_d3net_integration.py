@@ -87,12 +87,12 @@ def _error_ratios(
         truth = compute(copy.deepcopy(net).double(), x.double())
         net.to(memory_format=memory_format)
         x = x.contiguous(memory_format=memory_format)
-        both = []
+        relative = []
         for backend in (nullcontext(), dk.use_backend("reference")):
             with backend, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 results = compute(copy.deepcopy(net), x)
-            both.append(errors(results, truth))
-        ours, plain = both
+            relative.append(errors(results, truth))
+        ours, plain = relative
         logarithms.append((ours / (plain + torch.finfo(torch.float32).eps)).log())
     return torch.stack(logarithms).mean(0).exp()
 
