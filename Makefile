@@ -14,12 +14,13 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name
 # Here a missing compiler is an error to mend, not a reason to go on with the slow path.
 export D3NET_KERNELS_REQUIRE_BINARY := 1
 
-.PHONY: help demo test bench lint clean FORCE
+.PHONY: help demo test bench gpu-report lint clean FORCE
 
 help:
 	@echo "make demo    train a small separator on a real song, plain torch against fused (minutes)"
 	@echo "make test    the tests, without those marked slow"
 	@echo "make bench   time the fused layer against every torch form on the D3Net shapes"
+	@echo "make gpu-report   what the GPU kernels need and do, without a GPU, against their budget"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make clean   remove what was built; .venv stays"
 	@echo
@@ -36,6 +37,9 @@ test: $(BINARY)
 bench: $(BINARY)
 	$(PY) -m benchmarks.layers $(ARGS)
 	@echo "forward and backward of single layers: $(PY) -m pytest benchmarks/test_layers.py"
+
+gpu-report: $(INSTALLED)
+	$(PY) -m tests.gpu.report $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

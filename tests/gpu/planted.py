@@ -79,7 +79,7 @@ BUGS = [
                 "for (auto& raw : raw_[pass]) raw = uint2{0, 0};\n"
                 "        if (!inside_[pass]) continue;",
             ),
-            Change("tensor.cuh", "if (inside_[pass])\n#pragma", "if (true)\n#pragma"),
+            Change("tensor.cuh", "if (inside_[pass]) {", "if (true) {"),
         ),
     ),
     Bug(

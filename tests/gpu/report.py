@@ -124,6 +124,9 @@ def cuda_family(case: Case) -> Launched:
     return Launched(kernel, *launch.launches[kernel], launch.counters[kernel])
 
 
+Static = Mapping[str, Mapping[str, Resources]]
+"""Resources by kernel and architecture."""
+
 FAMILIES: dict[str, Callable[[Case], Launched]] = {"cuda": cuda_family}
 """What executes a case, by name of the backend."""
 
@@ -169,7 +172,7 @@ def blocks_an_sm(figures: Resources, launched: Launched, arch: str) -> int:
 
 def exceeded(
     budget: Mapping[str, Any],
-    static: Mapping[str, Mapping[str, Resources]],
+    static: Static,
     counted: Mapping[str, Mapping[str, float]],
 ) -> list[str]:
     """Every figure above its budget, and every kernel or case without one."""
@@ -194,7 +197,7 @@ def exceeded(
     return problems
 
 
-def static_table(static: Mapping[str, Mapping[str, Resources]]) -> str:
+def static_table(static: Static) -> str:
     """Registers, spills, stack and static shared memory by kernel and architecture."""
     lines = ["static, from ptxas: registers / spilled bytes / stack / shared", ""]
     width = max(len(kernel) for kernel in static)
@@ -207,9 +210,7 @@ def static_table(static: Mapping[str, Mapping[str, Resources]]) -> str:
     return "\n".join(lines)
 
 
-def case_table(
-    case: Case, launched: Launched, static: Mapping[str, Mapping[str, Resources]]
-) -> str:
+def case_table(case: Case, launched: Launched, static: Static) -> str:
     """One case: its figures, its bounds on every GPU, and what plain torch would move."""
     counters, shape = launched.counters, case.shape
     pixels = shape.height * shape.width

@@ -114,13 +114,10 @@ def compile_ptx(
     toolkit = find_toolkit()
     if toolkit is None:
         raise CompilerError(why_no_nvcc())
-    options = [
-        *("-std=c++20", "-ptx", f"-arch={arch}", "-lineinfo"),
-        *(f"-D{define}" for define in defines),
-        *(f"-I{path}" for path in includes),
-        *flags,
-    ]
+    options = ["-std=c++20", "-ptx", f"-arch={arch}", "-lineinfo", *flags]
+    options += [f"-D{define}" for define in defines]
     key = digest([toolkit.version, *options], [source.parent, *includes, source])
+    options += [f"-I{path}" for path in includes]
     return cached(
         f"{source.stem}-{arch}-{key}.ptx",
         lambda out: run([toolkit.nvcc, *options, "-o", out, source], CUDA_HOME=str(toolkit.root)),
@@ -153,8 +150,8 @@ def resources(ptx: str, arch: str) -> dict[str, Resources]:
         with tempfile.TemporaryDirectory() as folder:
             text = Path(folder) / "kernel.ptx"
             text.write_text(ptx)
-            command = [toolkit.ptxas, "-v", f"-arch={arch}", text, "-o", Path(folder) / "out"]
-            out.write_text(run(command))
+            binary = Path(folder) / "kernel.cubin"
+            out.write_text(run([toolkit.ptxas, "-v", f"-arch={arch}", text, "-o", binary]))
 
     report = cached(f"ptxas-{arch}-{key}.txt", assemble).read_text()
     found = {}

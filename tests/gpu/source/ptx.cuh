@@ -37,7 +37,7 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 /// Every lane reads the row it names itself: a sanitizer sees who reads what.
-template <int kMatrices>
+template <int kMatrices, bool kTransposed = false>
 inline void load_matrices(uint32_t (&r)[kMatrices], uint32_t address) {
   struct Row {
     uint16_t elements[8];
@@ -52,7 +52,7 @@ inline void load_matrices(uint32_t (&r)[kMatrices], uint32_t address) {
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < kMatrices; ++i)
         static_cast<Row*>(lanes[lane].argument)->r[i] =
-            gpu::matrix_pair(lane, false, [&](int row) -> const uint16_t* {
+            gpu::matrix_pair(lane, kTransposed, [&](int row) -> const uint16_t* {
               return static_cast<Row*>(lanes[8 * i + row].argument)->elements;
             });
   });
@@ -75,6 +75,9 @@ inline void mma_k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   emulated::load_matrices(r, address);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  emulated::load_matrices<4, true>(r, address);
 }
 inline void load_two_matrices(uint32_t& r0, uint32_t& r1, uint32_t address) {
   uint32_t r[2];
@@ -101,7 +104,12 @@ inline uint32_t pack_two(float low, float high) {
 inline void copy_async_16(uint32_t to, const void* from) {
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     gpu::die("cp.async: address not aligned to 16 bytes");
-  gpu::start_copy({emulated::shared_at(to), static_cast<const char*>(from), 16});
+  gpu::start_copy({emulated::shared_at(to), static_cast<const char*>(from), 16, 0});
+}
+inline void copy_async_8(uint32_t to, const void* from, int bytes) {
+  if (to % 8 || reinterpret_cast<uintptr_t>(from) % 8)
+    gpu::die("cp.async: address not aligned to 8 bytes");
+  gpu::start_copy({emulated::shared_at(to), static_cast<const char*>(from), bytes, 8 - bytes});
 }
 inline void commit_copies() { gpu::commit_copies(); }
 inline void wait_for_copies() { gpu::wait_for_copies(0); }

@@ -46,7 +46,7 @@ struct Uint3 {
 struct Copy {  // of cp.async
   char* to;
   const char* from;
-  int bytes;
+  int bytes, zeros;  // zeros follow the copied bytes
 };
 
 enum class State { running, at_barrier, in_warp, finished };
@@ -61,8 +61,8 @@ struct Fiber {
   void* argument = nullptr;  // of that instruction
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
-  void* fake_stack = nullptr;   // AddressSanitizer's
-  void* tsan_fiber = nullptr;   // ThreadSanitizer's
+  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* tsan_fiber = nullptr;  // ThreadSanitizer's
 };
 
 struct Machine {
@@ -147,8 +147,7 @@ GPU_NOT_TRACED inline void to_fiber(Fiber& fiber) {
 
 GPU_NOT_TRACED inline void enter() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack,
-                                  &machine.scheduler_stack_size);
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_size);
 #endif
   acquire(&machine.launch_token);
   machine.kernel();
@@ -213,7 +212,10 @@ GPU_NOT_TRACED inline void meet(unsigned mask, void* argument, bool orders, F to
   if (orders) acquire(&machine.warp_token[self.warp]);
 }
 
-inline void perform(const Copy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); }
+inline void perform(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  std::memset(copy.to + copy.bytes, 0, copy.zeros);
+}
 
 inline void start_copy(const Copy& copy) {
   if (machine.early_copies) perform(copy);
