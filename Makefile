@@ -9,7 +9,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BINARY := d3net_kernels/_C.abi3.so
-CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 # Here a missing compiler is an error to mend, not a reason to go on with the slow path.
 export D3NET_KERNELS_REQUIRE_BINARY := 1
