@@ -134,7 +134,7 @@ class _Arguments(NamedTuple):
             for w, b, mean, var, batch in zip(*self[3:], options.use_batch, strict=True)
         ]
         norm: Norm = "per_layer" if options.per_layer else "per_source"
-        return block_layers.d2_block(self.x, D2Params(convs, norms), norm, options.out_layers)
+        return block_layers.d2_block(self.x, D2Params(convs, norms), norm, options.out_layers, None)
 
 
 def _forward(arguments: _Arguments, options: _Options, keep: bool) -> tuple[Tensor, ...]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, Union
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Norm: TypeAlias = Literal["per_source", "per_layer"]
+# A forward reference, for there are builds of torch without torch.distributed.
+Processes: TypeAlias = Union["ProcessGroup", Literal["world"], None]
 
 
 class ConvParams(NamedTuple):
