@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ._layout import dtype_for
@@ -13,12 +13,9 @@ from .block_params import ConvParams, D2Params, Norm, NormParams
 from .functional import multidilated_conv2d
 from .statistics import Statistics, batch_statistics
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 def d2_block(
-    x: Tensor, params: D2Params, norm: Norm, out_layers: int, group: ProcessGroup | None
+    x: Tensor, params: D2Params, norm: Norm, out_layers: int, group: dist.ProcessGroup | None
 ) -> Tensor:
     """The block through one multidilated convolution a layer; arguments as they were checked.
 
@@ -53,7 +50,7 @@ def _layer_params(
 class _PsiPerSource:
     """scale and shift of one layer after the other, each source normalised once."""
 
-    def __init__(self, norms: Sequence[NormParams], group: ProcessGroup | None) -> None:
+    def __init__(self, norms: Sequence[NormParams], group: dist.ProcessGroup | None) -> None:
         self._norms = norms
         self._group = group
         self._scales: list[Tensor] = []
@@ -73,7 +70,7 @@ class _PsiPerSource:
 class _PsiPerLayer:
     """scale and shift of one layer after the other, all sources normalised again by each."""
 
-    def __init__(self, norms: Sequence[NormParams], group: ProcessGroup | None) -> None:
+    def __init__(self, norms: Sequence[NormParams], group: dist.ProcessGroup | None) -> None:
         self._norms = norms
         self._group = group
         self._statistics: list[Statistics] = []
@@ -92,7 +89,7 @@ class _PsiPerLayer:
         return _scale_and_shift(norm, of_all, newest)
 
 
-def _uses_batch(norm: NormParams, x: Tensor, group: ProcessGroup | None) -> bool:
+def _uses_batch(norm: NormParams, x: Tensor, group: dist.ProcessGroup | None) -> bool:
     """Like torch, an empty batch leaves the running statistics alone; in a group it is not all."""
     not_empty = group is not None or x.numel() > 0
     return norm.running_mean is None or (norm.use_batch_statistics and not_empty)

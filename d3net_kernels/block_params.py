@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, Union
+from typing import Literal, NamedTuple, TypeAlias, Union
 
+import torch
+import torch.distributed
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 Norm: TypeAlias = Literal["per_source", "per_layer"]
-# A forward reference, for there are builds of torch without torch.distributed.
-Processes: TypeAlias = Union["ProcessGroup", Literal["world"], None]
+# The name in quotes, for there are builds of torch without it.
+Processes: TypeAlias = Union["torch.distributed.ProcessGroup", Literal["world"], None]
 
 
 class ConvParams(NamedTuple):

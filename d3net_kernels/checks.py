@@ -6,18 +6,15 @@ Only sizes that must agree are compared, so that tracing with symbolic sizes kee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ._layout import autocast_dtype_for
+from .block_params import Processes
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from .block_params import Processes
 
 Dilations: TypeAlias = Sequence[int | tuple[int, int]]
 
@@ -135,7 +132,7 @@ def flat_dilations(dilations: Dilations | None, sources: int) -> list[int]:
 
 def block_input(
     x: Tensor, weight: Tensor, batch_statistics: bool, processes: Processes
-) -> ProcessGroup | None:
+) -> dist.ProcessGroup | None:
     """Check what enters a D2 block, before it updates its running statistics.
 
     `weight` is that of the source 0; `batch_statistics` says whether any norm takes them. Returns
@@ -170,7 +167,7 @@ def process_group(value: Processes) -> Processes:
     )
 
 
-def _group_of_several(processes: Processes) -> ProcessGroup | None:
+def _group_of_several(processes: Processes) -> dist.ProcessGroup | None:
     """The group that is meant, or None where it is this process alone."""
     if processes is None:
         return None

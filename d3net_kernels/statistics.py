@@ -6,7 +6,7 @@ backward, is one all-reduce of float64 numbers a channel.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,6 @@ from torch import Tensor
 
 from . import ops
 from ._layout import dtype_for
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class Statistics(NamedTuple):
@@ -30,7 +27,7 @@ class Statistics(NamedTuple):
     size: int | Tensor
 
 
-def batch_statistics(x: Tensor, group: ProcessGroup | None = None) -> Statistics:
+def batch_statistics(x: Tensor, group: dist.ProcessGroup | None = None) -> Statistics:
     """The statistics of `x` (N, C, H, W), differentiable; with a group of all its processes' x.
 
     Processes may have batches and maps of different sizes, and empty ones. Where all are empty,
@@ -70,12 +67,17 @@ class _GroupStatistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var, count = _combined_moments(x, group)
-        ctx.group = group
+    def forward(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+        return _combined_moments(x, group)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, dist.ProcessGroup], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, ctx.group = inputs
+        mean, _, count = output
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, mean, count)
-        return mean, var, count
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor, None]:
@@ -89,18 +91,21 @@ class _Sum(torch.autograd.Function):
     """The sum over the processes of a group, given to all of them; to every order."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
         total = x.clone()
         dist.all_reduce(total, group=group)
         return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, dist.ProcessGroup], output: Tensor) -> None:
+        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(grad, ctx.group), None
 
 
-def _combined_moments(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def _combined_moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and count over all processes, the same bits in each.
 
     Sums of squares would cancel where the mean is large, so variances are combined by the distances
