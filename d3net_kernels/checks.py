@@ -15,7 +15,6 @@ from torch import Tensor
 from ._layout import autocast_dtype_for
 from .block_params import Processes
 
-
 Dilations: TypeAlias = Sequence[int | tuple[int, int]]
 
 ACCEPTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
