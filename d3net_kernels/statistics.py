@@ -92,7 +92,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = x.clone()
+        total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
