@@ -7,18 +7,24 @@ from torch import Tensor
 
 from . import backends, block_layers, block_node, checks, reference
 from ._layout import autocast_dtype_for
-from .block_params import D2Params, Norm
+from .block_params import D2Params, Norm, Processes
 
 
 def d2_block(
-    x: Tensor, params: D2Params, *, norm: Norm = "per_source", out_layers: int | None = None
+    x: Tensor,
+    params: D2Params,
+    *,
+    norm: Norm = "per_source",
+    out_layers: int | None = None,
+    process_group: Processes = None,
 ) -> Tensor:
     """The layers of a D2 block: layer l reads psi(x_0), ..., psi(x_{l-1}) and gives x_l.
 
     Takahashi & Mitsufuji, CVPR 2021, eq. 2 and 3: the dilation of source i is 2**i. Batch
     statistics of a source are computed once, when it is made. With the compiled CPU kernels the
     block is one node of the autograd graph that keeps x_0, the features and per-channel vectors,
-    and its result is in channels_last memory order; elsewhere it runs layer by layer.
+    and its result is in channels_last memory order; elsewhere, and where several processes share
+    their statistics, it runs layer by layer.
 
     float32 follows torch's switches, `torch.backends.mkldnn.conv.fp32_precision` or else
     `torch.set_float32_matmul_precision`: "highest" (the default) errs no more than plain torch,
@@ -30,27 +36,39 @@ def d2_block(
         norm: "per_source" shares one batch normalisation of a source among all its layers (as the
             official release does); "per_layer" has one per layer (eq. 2 read literally).
         out_layers: how many of the last layers to return, 1..L; None for all.
+        process_group: whose batches make the batch statistics: None for this process alone, "world"
+            for all processes, or a torch.distributed.ProcessGroup. Then every process of it has to
+            call, and to go backward; that is one all-reduce per source each way. Results are those
+            of one process with the batches of all, which may differ in size and be empty; running
+            statistics stay where there are less than two values per channel in all.
 
     Returns:
         (N, k * out_layers, H, W): the raw x_{L - out_layers + 1}, ..., x_L, concatenated.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or sizes do not fit together.
+        RuntimeError: torch.distributed is not initialised, or the reference backend is asked for
+            the statistics of several processes.
     """
     layers = len(params.convs)
     out_layers = checks.block_options(norm, out_layers, layers)
     batch_statistics = any(n.running_mean is None or n.use_batch_statistics for n in params.norms)
-    checks.block_input(x, params.convs[0].weight, batch_statistics)
+    group = checks.block_input(x, params.convs[0].weight, batch_statistics, process_group)
     forced = backends.forced_for([x])
     if forced == "reference":
+        if group is not None:
+            raise RuntimeError(
+                "the reference backend takes batch statistics of one process alone; pass "
+                "process_group=None, or leave the choice of the backend out"
+            )
         return reference.d2_block(x, params, norm=norm, out_layers=out_layers)
     autocast = autocast_dtype_for(x)
     if autocast is not None:
         x = x.to(autocast)  # once, and not once per layer
         params = _cast(params, autocast)
-    if forced in (None, "cpu") and block_node.serves(x, params, norm):
+    if group is None and forced in (None, "cpu") and block_node.serves(x, params, norm):
         return block_node.d2_block(x, params, norm, out_layers)
-    return block_layers.d2_block(x, params, norm, out_layers)
+    return block_layers.d2_block(x, params, norm, out_layers, group)
 
 
 def _cast(params: D2Params, dtype: torch.dtype) -> D2Params:

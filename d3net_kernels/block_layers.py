@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ._layout import dtype_for
 from .block_params import ConvParams, D2Params, Norm, NormParams
 from .functional import multidilated_conv2d
-from .statistics import batch_statistics
+from .statistics import Statistics, batch_statistics
 
 
-def d2_block(x: Tensor, params: D2Params, norm: Norm, out_layers: int) -> Tensor:
-    """The block through one multidilated convolution a layer; arguments as they were checked."""
+def d2_block(
+    x: Tensor, params: D2Params, norm: Norm, out_layers: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The block through one multidilated convolution a layer; arguments as they were checked.
+
+    `group` are the processes that share their batch statistics, None for this one alone.
+    """
     growth = params.convs[-1].weight.shape[0]
-    psi = _PsiPerSource(params.norms) if norm == "per_source" else _PsiPerLayer(params.norms)
+    psi_of = _PsiPerSource if norm == "per_source" else _PsiPerLayer
+    psi = psi_of(params.norms, group)
     sources = [x]
     for layer in range(1, len(params.convs) + 1):
         scale, shift = psi.next(sources[-1])
@@ -43,15 +50,17 @@ def _layer_params(
 class _PsiPerSource:
     """scale and shift of one layer after the other, each source normalised once."""
 
-    def __init__(self, norms: Sequence[NormParams]) -> None:
+    def __init__(self, norms: Sequence[NormParams], group: dist.ProcessGroup | None) -> None:
         self._norms = norms
+        self._group = group
         self._scales: list[Tensor] = []
         self._shifts: list[Tensor] = []
 
     def next(self, newest: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the next layer, whose last source is `newest`."""
         norm = self._norms[len(self._scales)]
-        statistics = batch_statistics(newest) if _uses_batch(norm, newest) else None
+        uses_batch = _uses_batch(norm, newest, self._group)
+        statistics = batch_statistics(newest, self._group) if uses_batch else None
         scale, shift = _scale_and_shift(norm, statistics, newest)
         self._scales.append(scale)
         self._shifts.append(shift)
@@ -61,30 +70,33 @@ class _PsiPerSource:
 class _PsiPerLayer:
     """scale and shift of one layer after the other, all sources normalised again by each."""
 
-    def __init__(self, norms: Sequence[NormParams]) -> None:
+    def __init__(self, norms: Sequence[NormParams], group: dist.ProcessGroup | None) -> None:
         self._norms = norms
-        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._group = group
+        self._statistics: list[Statistics] = []
         self._layers = 0
 
     def next(self, newest: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the next layer, whose last source is `newest`."""
         norm = self._norms[self._layers]
-        if any(_uses_batch(later, newest) for later in self._norms[self._layers :]):
-            self._statistics.append(batch_statistics(newest))
+        if any(_uses_batch(later, newest, self._group) for later in self._norms[self._layers :]):
+            self._statistics.append(batch_statistics(newest, self._group))
         self._layers += 1
-        if not _uses_batch(norm, newest):
+        if not _uses_batch(norm, newest, self._group):
             return _scale_and_shift(norm, None, newest)
-        means, variances = zip(*self._statistics, strict=True)
-        return _scale_and_shift(norm, (torch.cat(means), torch.cat(variances)), newest)
+        means, variances, sizes = zip(*self._statistics, strict=True)
+        of_all = Statistics(torch.cat(means), torch.cat(variances), sizes[0])
+        return _scale_and_shift(norm, of_all, newest)
 
 
-def _uses_batch(norm: NormParams, x: Tensor) -> bool:
-    """Like torch, an empty batch leaves the running statistics alone."""
-    return norm.running_mean is None or (norm.use_batch_statistics and x.numel() > 0)
+def _uses_batch(norm: NormParams, x: Tensor, group: dist.ProcessGroup | None) -> bool:
+    """Like torch, an empty batch leaves the running statistics alone; in a group it is not all."""
+    not_empty = group is not None or x.numel() > 0
+    return norm.running_mean is None or (norm.use_batch_statistics and not_empty)
 
 
 def _scale_and_shift(
-    norm: NormParams, statistics: tuple[Tensor, Tensor] | None, x: Tensor
+    norm: NormParams, statistics: Statistics | None, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Batch normalisation as one multiplication and one addition per channel."""
     if statistics is None:
@@ -92,17 +104,21 @@ def _scale_and_shift(
         assert norm.running_var is not None
         mean, var = norm.running_mean.to(dtype_for(x)), norm.running_var.to(dtype_for(x))
     else:
-        mean, var = statistics
-        update_running(norm, mean.detach(), var.detach(), x.numel() // x.shape[1])
+        mean, var, count = statistics
+        update_running(norm, mean.detach(), var.detach(), count)
     scale = norm.weight * torch.rsqrt(var + norm.eps)
     return scale, norm.bias - mean * scale
 
 
-def update_running(norm: NormParams, mean: Tensor, var: Tensor, count: int) -> None:
+def update_running(norm: NormParams, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
     """As torch.nn.BatchNorm2d: the running variance takes the unbiased one."""
     if norm.running_mean is None or norm.running_var is None:
         return
+    momentum = norm.momentum
     with torch.no_grad():
-        keep = 1 - norm.momentum
-        norm.running_mean.mul_(keep).add_(norm.momentum * mean)
-        norm.running_var.mul_(keep).add_(norm.momentum * (var * (count / (count - 1))))
+        if isinstance(count, Tensor):  # without a branch, for which a GPU would have to be awaited
+            momentum = momentum * (count > 1).to(count.dtype)
+            count = count.clamp(min=2)
+        keep = 1 - momentum
+        norm.running_mean.mul_(keep).add_(momentum * mean)
+        norm.running_var.mul_(keep).add_(momentum * (var * (count / (count - 1))))

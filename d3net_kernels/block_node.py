@@ -144,7 +144,7 @@ class _Arguments(NamedTuple):
             kept_mean, kept_var = (None, None) if batch else (mean, var)
             norms.append(NormParams(w, b, kept_mean, kept_var, False, 0.0, options.eps))
         norm: Norm = "per_layer" if options.per_layer else "per_source"
-        return block_layers.d2_block(self.x, D2Params(convs, norms), norm, options.out_layers)
+        return block_layers.d2_block(self.x, D2Params(convs, norms), norm, options.out_layers, None)
 
 
 def _forward(arguments: _Arguments, options: _Options, keep: bool) -> tuple[Tensor, ...]:

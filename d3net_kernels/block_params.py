@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, Union
 
+import torch
+import torch.distributed
 from torch import Tensor
 
 Norm: TypeAlias = Literal["per_source", "per_layer"]
+# The name in quotes, for there are builds of torch without it.
+Processes: TypeAlias = Union["torch.distributed.ProcessGroup", Literal["world"], None]
 
 
 class ConvParams(NamedTuple):

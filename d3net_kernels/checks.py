@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ._layout import autocast_dtype_for
+from .block_params import Processes
 
 Dilations: TypeAlias = Sequence[int | tuple[int, int]]
 
@@ -127,10 +129,13 @@ def flat_dilations(dilations: Dilations | None, sources: int) -> list[int]:
     return flat
 
 
-def block_input(x: Tensor, weight: Tensor, batch_statistics: bool) -> None:
+def block_input(
+    x: Tensor, weight: Tensor, batch_statistics: bool, processes: Processes
+) -> dist.ProcessGroup | None:
     """Check what enters a D2 block, before it updates its running statistics.
 
-    `weight` is that of the source 0; `batch_statistics` says whether any norm takes them.
+    `weight` is that of the source 0; `batch_statistics` says whether any norm takes them. Returns
+    the group to share them with, None where they are those of this process alone.
     """
     _source("x", x)
     if x.shape[1] != weight.shape[1]:
@@ -138,11 +143,40 @@ def block_input(x: Tensor, weight: Tensor, batch_statistics: bool) -> None:
             f"x has {x.shape[1]} channels, but this D2 block was made for {weight.shape[1]}"
         )
     _same_place("weight of source 0", weight, x, "x")
-    if batch_statistics and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    process_group(processes)
+    group = _group_of_several(processes) if batch_statistics else None
+    if batch_statistics and group is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; batch statistics need more than one value per channel "
             "(use eval() or larger maps)"
         )
+    return group
+
+
+def process_group(value: Processes) -> Processes:
+    """`value` if it stands for processes of which this is one."""
+    if value is None or value == "world":
+        return value
+    if dist.is_available() and isinstance(value, dist.ProcessGroup):
+        return value
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(
+        f"process_group is {value!r}; accepted are None, 'world' and a "
+        "torch.distributed.ProcessGroup that this process belongs to"
+    )
+
+
+def _group_of_several(processes: Processes) -> dist.ProcessGroup | None:
+    """The group that is meant, or None where it is this process alone."""
+    if processes is None:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"process_group is {processes!r}, but torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group first, or pass process_group=None"
+        )
+    group = dist.group.WORLD if processes == "world" else processes
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def block_options(norm: str, out_layers: int | None, layers: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .block import d2_block
-from .block_params import ConvParams, D2Params, Norm, NormParams
+from .block_params import ConvParams, D2Params, Norm, NormParams, Processes
 from .functional import multidilated_conv2d
 
 
@@ -95,6 +95,11 @@ class D2Block(nn.Module):
         norm: "per_source" (one batch normalisation of a source, shared by its layers, as in the
             official release) or "per_layer" (eq. 2 read literally).
         bias, eps, momentum: as in nn.Conv2d and nn.BatchNorm2d.
+        process_group: whose batches make the batch statistics of training, as in
+            :func:`d3net_kernels.d2_block`: None for this process alone, "world", or a
+            torch.distributed.ProcessGroup. An attribute like any other, which may be set later. A
+            ProcessGroup cannot be pickled or deep-copied, and a block that holds one neither; with
+            None and "world" it can. What state_dict saves does not depend on it.
 
     `convs[i]` (k (L - i) output channels: a slot for each layer that reads source i) and `norms[i]`
     hold the parameters in the order of the official weights; they are never called themselves, so
@@ -113,6 +118,7 @@ class D2Block(nn.Module):
         bias: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        process_group: Processes = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -122,6 +128,7 @@ class D2Block(nn.Module):
         self.num_layers = checks.positive_int("num_layers", num_layers)
         self.out_layers = checks.block_options(norm, out_layers, num_layers)
         self.norm = norm
+        self.process_group = checks.process_group(process_group)
         self.norms = nn.ModuleList()
         self.convs = nn.ModuleList()
         for i in range(num_layers):
@@ -147,14 +154,22 @@ class D2Block(nn.Module):
         """x_0 (N, C_0, H, W) to the last layers' raw outputs, (N, k * out_layers, H, W)."""
         convs = [_conv_params(conv) for conv in self.convs]
         batch_statistics = any(_takes_batch_statistics(norm) for norm in self.norms)
-        checks.block_input(x, convs[0].weight, batch_statistics)  # before the norms count the batch
+        # Before the norms count the batch.
+        checks.block_input(x, convs[0].weight, batch_statistics, self.process_group)
         norms = [_norm_params(norm) for norm in self.norms]
-        return d2_block(x, D2Params(convs, norms), norm=self.norm, out_layers=self.out_layers)
+        return d2_block(
+            x,
+            D2Params(convs, norms),
+            norm=self.norm,
+            out_layers=self.out_layers,
+            process_group=self.process_group,
+        )
 
     def extra_repr(self) -> str:
+        shared = "" if self.process_group is None else f", process_group={self.process_group!r}"
         return (
             f"{self.in_channels}, growth_rate={self.growth_rate}, num_layers={self.num_layers}, "
-            f"out_layers={self.out_layers}, norm={self.norm!r}"
+            f"out_layers={self.out_layers}, norm={self.norm!r}{shared}"
         )
 
 
@@ -167,7 +182,7 @@ def _takes_batch_statistics(norm: nn.Module) -> bool:
     if not isinstance(norm, nn.BatchNorm2d):
         raise TypeError(
             f"a norm of this D2Block is of type {type(norm).__name__}; accepted is nn.BatchNorm2d "
-            "(batch statistics are those of one process, do not convert to SyncBatchNorm)"
+            "(do not convert to SyncBatchNorm, set the block's process_group)"
         )
     return norm.training or norm.running_mean is None
 

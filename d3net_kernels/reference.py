@@ -58,7 +58,7 @@ def multidilated_conv2d(
 def d2_block(
     x: Tensor, params: D2Params, *, norm: Norm = "per_source", out_layers: int | None = None
 ) -> Tensor:
-    """Same arguments and result as :func:`d3net_kernels.d2_block`.
+    """Same arguments and result as :func:`d3net_kernels.d2_block`, but for one process alone.
 
     With norm="per_source" every source is normalised once for all the layers that read it. In the
     faster memory layout no form of plain torch keeps less for backward.

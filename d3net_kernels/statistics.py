@@ -1,13 +1,42 @@
-"""Mean and variance of a source over a batch, computed once for all the layers that read it."""
+"""Mean and variance of a source over a batch, computed once for all the layers that read it.
+
+The batch is that of this process, or that of all processes of a group: then each way, forward and
+backward, is one all-reduce of float64 numbers a channel.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
+from ._layout import dtype_for
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance (C,) of a source over N, H and W, and of how many values.
+
+    `size` is a number, or for a group of processes a tensor of no dimensions.
+    """
+
+    mean: Tensor
+    var: Tensor
+    size: int | Tensor
+
+
+def batch_statistics(x: Tensor, group: dist.ProcessGroup | None = None) -> Statistics:
+    """The statistics of `x` (N, C, H, W), differentiable; with a group of all its processes' x.
+
+    Processes may have batches and maps of different sizes, and empty ones. Where all are empty,
+    mean and variance are 0.
+    """
+    if group is None:
+        mean, var = _BatchStatistics.apply(x)
+        return Statistics(mean, var, x.numel() // x.shape[1])
+    return Statistics(*_GroupStatistics.apply(x, group))
 
 
 class _BatchStatistics(torch.autograd.Function):
@@ -26,17 +55,84 @@ class _BatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
-        """grad_mean / n + grad_var * 2 (x - mean) / n, in one pass over x."""
         x, mean = ctx.saved_tensors
         count = x.shape[0] * x.shape[2] * x.shape[3]
-        slope = grad_var * (2 / count)
-        offset = grad_mean / count - mean * slope
-        grad = torch.addcmul(offset[:, None, None], x, slope[:, None, None])
-        grad_x: Tensor = grad.to(x.dtype)
-        return grad_x
+        return _gradient(x, mean, count, grad_mean, grad_var)
 
 
-def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of `x` (N, C, H, W) over N, H and W; differentiable."""
-    mean, var = _BatchStatistics.apply(x)
-    return mean, var
+class _GroupStatistics(torch.autograd.Function):
+    """Every process has its x, and all have the same mean, variance and count.
+
+    All their losses depend on those, so that the gradients with respect to them add up.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+        return _combined_moments(x, group)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, dist.ProcessGroup], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, ctx.group = inputs
+        mean, _, count = output
+        ctx.mark_non_differentiable(count)
+        ctx.save_for_backward(x, mean, count)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        x, mean, count = ctx.saved_tensors
+        both = _Sum.apply(torch.stack([grad_mean, grad_var]).double(), ctx.group)
+        grad_mean, grad_var = both.to(mean.dtype)
+        return _gradient(x, mean, count, grad_mean, grad_var), None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes of a group, given to all of them; to every order."""
+
+    @staticmethod
+    def forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, dist.ProcessGroup], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grad, ctx.group), None
+
+
+def _combined_moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count over all processes, the same bits in each.
+
+    Sums of squares would cancel where the mean is large, so variances are combined by the distances
+    of the means (Chan, Golub & LeVeque, The American Statistician 37, 1983). Each process fills its
+    row of a table of zeros, which makes the sum over the processes exact in any order.
+    """
+    channels = x.shape[1]
+    table = x.new_zeros((dist.get_world_size(group), 1 + 2 * channels), dtype=torch.float64)
+    if x.numel() > 0:  # an empty batch has no moments
+        own = table[dist.get_rank(group)]
+        own[0] = x.numel() // channels
+        own[1:] = torch.cat(ops.channel_moments(x))
+    dist.all_reduce(table, group=group)
+    counts, means, variances = table.split([1, channels, channels], 1)
+    count = counts.sum()
+    share = counts / count.clamp(min=1)
+    mean = (share * means).sum(0)
+    var = (share * (variances + (means - mean).square())).sum(0)
+    kept = dtype_for(x)
+    return mean.to(kept), var.to(kept), count
+
+
+def _gradient(
+    x: Tensor, mean: Tensor, count: int | Tensor, grad_mean: Tensor, grad_var: Tensor
+) -> Tensor:
+    """grad_mean / n + grad_var * 2 (x - mean) / n, in one pass over x."""
+    slope = grad_var * (2 / count)
+    offset = grad_mean / count - mean * slope
+    grad = torch.addcmul(offset[:, None, None], x, slope[:, None, None])
+    return grad.to(x.dtype)
