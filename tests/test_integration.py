@@ -232,7 +232,8 @@ def test_forced_backend_that_is_absent() -> None:
     with pytest.raises(ValueError, match="accepted are cpu, cuda, triton, reference"):
         dk.use_backend("cudnn")
     assert dk.why_not("reference", torch.randn(1)) is None
-    assert "Triton" in dk.why_not("triton")
+    if not torch.cuda.is_available():
+        assert "no GPU" in str(dk.why_not("triton"))
 
 
 def test_backends_nest_and_return_after_an_error() -> None:
