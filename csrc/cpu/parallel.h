@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <deque>
-#include <memory>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -105,7 +105,7 @@ class Crew {
   std::deque<WorkQueue> queues_;
 };
 
-constexpr size_t kLargePage = size_t{2} << 20;
+constexpr size_t kPage = 4096, kLargePage = size_t{2} << 20;
 
 /// Asks for large pages, where the system has them, for fresh memory about to be filled: to fault
 /// it in by pages of 4 KiB can take longer than to compute what it holds.
@@ -118,17 +118,52 @@ inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] s
 #endif
 }
 
-inline void* allocate_aligned(size_t bytes) {
-  const size_t unit = bytes >= (size_t{64} << 10) ? kLargePage : 4096;
-  bytes = (bytes + unit - 1) / unit * unit;
-  void* memory = std::aligned_alloc(unit, bytes);
-  if (!memory) throw std::bad_alloc();
-  advise_large_pages(memory, bytes);
-  return memory;
-}
+/// Uninitialised memory from the system itself, not from the heap: recycled heap has small pages,
+/// for good. Aligned to a large page where it is that large.
+class Pages {
+ public:
+  Pages() = default;
+  explicit Pages(size_t bytes) {
+#if defined(__linux__)
+    const size_t unit = bytes < kLargePage / 2 ? kPage : kLargePage;
+    size_ = (bytes + 2 * unit - 1) / unit * unit;  // and room to align
+    void* mapped = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    mapped_ = mapped;
+    data_ =
+        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(mapped_) + unit - 1) / unit * unit);
+    advise_large_pages(data_, size_ - unit);
+#else
+    size_ = (bytes + kPage - 1) / kPage * kPage;
+    data_ = mapped_ = std::aligned_alloc(kPage, size_);
+    if (!data_) throw std::bad_alloc();
+#endif
+  }
+  Pages(Pages&& other) noexcept { swap(other); }
+  Pages& operator=(Pages&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Pages() {
+    if (!mapped_) return;
+#if defined(__linux__)
+    munmap(mapped_, size_);
+#else
+    std::free(mapped_);
+#endif
+  }
+  void* data() const { return data_; }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
+ private:
+  void swap(Pages& other) {
+    std::swap(data_, other.data_);
+    std::swap(mapped_, other.mapped_);
+    std::swap(size_, other.size_);
+  }
+
+  void* data_ = nullptr;
+  void* mapped_ = nullptr;
+  size_t size_ = 0;
 };
 
 /// Memory that outlives a call, because fresh pages cost more than the call's own use of them. One
@@ -142,10 +177,10 @@ class Scratch {
     const size_t bytes = static_cast<size_t>(count) * sizeof(A);
     if (bytes > capacity_) {
       release();
-      memory_.reset(allocate_aligned(bytes));
+      memory_ = Pages(bytes);
       capacity_ = bytes;
     }
-    return static_cast<A*>(memory_.get());
+    return static_cast<A*>(memory_.data());
   }
   void shrink() {
     if (capacity_ > kMostKept) release();
@@ -153,11 +188,11 @@ class Scratch {
 
  private:
   void release() {
-    memory_.reset();
+    memory_ = Pages();
     capacity_ = 0;
   }
 
-  std::unique_ptr<void, Free> memory_;
+  Pages memory_;
   size_t capacity_ = 0;
 };
 
