@@ -14,7 +14,7 @@ import torch
 
 import gpu
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="pip install triton")
 
 from d3net_kernels.backends.triton import configs, launch
 
