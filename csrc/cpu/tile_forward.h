@@ -33,7 +33,8 @@ inline void tile_forward(const Problem& p, const float* bias, const View& out) {
                   p.kernel_h, p.kernel_w, source.dilation_h, source.dilation_w};
     pass.plan = plan_pass(pass.shape, Precision::highest, false, {kLanes<float>, kVectorRegisters});
     const View& x = source.x;
-    pass.input.x = {static_cast<const float*>(x.data), x.stride_n, x.stride_h, x.stride_w};
+    pass.input.parts.add({static_cast<const float*>(x.data), x.stride_n, x.stride_h, x.stride_w},
+                         source.channels);
     pass.input.psi = Activation<float>{static_cast<const float*>(p.psi.scale),
                                        static_cast<const float*>(p.psi.shift), p.psi.relu}
                          .from_channel(channel);

@@ -52,7 +52,7 @@ struct Measure {
 /// sums: [task][channels][2]: over outputs, of the gradient and of the gradient times (x - mean).
 template <class X, class A>
 struct PsiBackward {
-  Slab<const X> x;
+  Parts<X> parts;
   Activation<A> psi;
   const A* mean = nullptr;
   double* sums = nullptr;
@@ -71,7 +71,7 @@ class TilePass {
   const A* bias = nullptr;
   bool accumulate = false;
   Measure measure;
-  PsiBackward<X, A> behind;  // x.data null: none
+  PsiBackward<X, A> behind;  // sums null: none
 
   int64_t tasks() const { return ceil_div(shape.grid(plan.algorithm).count(), plan.tiles); }
 
@@ -183,26 +183,31 @@ class TilePass {
     const Tiles tiles(grid, task * plan.tiles, plan.tiles);
     const Tiles ahead = next < 0 ? Tiles() : Tiles(grid, next * plan.tiles, plan.tiles);
 
-    const int64_t v_position = ceil_div(shape.in_channels, kN) * plan.tiles * kN + kN;
+    const int64_t v_position = input.parts.groups(kN) * plan.tiles * kN + kN;
     A* v = v_memory.get<A>(positions * v_position);
     int live[kMostTaps];
     const int64_t num_live = m == 1 ? shape.live_taps_of(task * plan.tiles, tiles.count, live) : 0;
     input.template transform<m>(shape, tiles, live, num_live, v, plan.tiles, v_position);
 
     Totals totals{std::vector<Moments>(static_cast<size_t>(measure.channels)),
-                  std::vector<double>(behind.x.data ? 2 * shape.out_channels : 0)};
+                  std::vector<double>(behind.sums ? 2 * shape.out_channels : 0)};
     for (int64_t first = 0; first < vectors();) {
       const int chunk = next_chunk(vectors() - first);
       const bool last_chunk = first + chunk == vectors();
       const int64_t product_position = chunk * plan.tiles * kN + kN;
       A* products = product_memory.get<A>((m == 1 ? 1 : positions) * product_position);
-      MultiplyArgs<A> args{v, v_position,        packed,     u_position(chunk), nullptr,
-                           1, shape.in_channels, plan.tiles, products};
+      MultiplyArgs<A> args;
+      args.v = v, args.v_position = v_position;
+      args.u = packed, args.u_position = u_position(chunk);
+      args.channels = input.parts.channels.data();
+      args.num_parts = static_cast<int64_t>(input.parts.channels.size());
+      args.tiles = plan.tiles, args.products = products;
       const auto kernel = kMultiply<A>[plan.tiles % 24 == 0][chunk - 1];
       if constexpr (m == 1) {
         args.positions = live;
         args.num_positions = num_live;
         prefetch_outputs<m>(tiles, 0, first, chunk);
+        if (last_chunk) prefetch_lowest_row(ahead);
         kernel(args);
       } else {
         for (int p = 0; p < positions; ++p) {
@@ -263,7 +268,7 @@ class TilePass {
                     Totals& totals) const {
     const int64_t channel = vector * kN - lead();  // of lane 0, may be negative
     Sums sums;
-    if (behind.x.data) {
+    if (behind.sums) {
       // Whole vectors: what lies beyond the channels is padding.
       Masked writer(*this, channel, sums);
       write_tiles<m>(tiles, products, position, writer);
@@ -314,9 +319,10 @@ class TilePass {
   template <class E>
   struct Walk {
     Slab<E> slab;
-    int64_t step_y, step_x;
+    int64_t step_y = 0, step_x = 0;
     E* first = nullptr;
 
+    Walk() = default;
     Walk(const Slab<E>& s, const PassShape& shape)
         : slab(s), step_y(shape.dilation_h * s.stride_h), step_x(shape.dilation_w * s.stride_w) {}
     D3NET_INLINE void begin(const Origin& tile) { first = slab.at(tile.image, tile.y, tile.x); }
@@ -381,32 +387,75 @@ class TilePass {
     }
   };
 
+  /// One vector of the channels that psi was applied to, from one part or from several.
+  class Behind {
+   public:
+    Behind(const TilePass& pass, int64_t channel) {
+      int64_t before = 0;
+      for (size_t i = 0; i < pass.behind.parts.x.size(); ++i) {
+        const int64_t end = before + pass.behind.parts.channels[i];
+        const int64_t first = std::max<int64_t>(0, before - channel);
+        const int64_t last = std::min<int64_t>(kN, end - channel);
+        if (first < last) {
+          Slab<const X> x = pass.behind.parts.x[i];
+          x.data += channel + first - before;
+          pieces_[count_++] = {Walk<const X>(x, pass.shape), first, last};
+        }
+        before = end;
+      }
+    }
+    D3NET_INLINE void begin(const Origin& tile) {
+      for (int i = 0; i < count_; ++i) pieces_[i].x.begin(tile);
+    }
+    D3NET_INLINE Vec<A> at(int64_t i, int64_t j) const {
+      if (count_ != 1) return gathered(i, j);
+      const X* p = pieces_[0].x.at(i, j);
+      return pieces_[0].last == kN ? load<A>(p) : load_first<A>(p, pieces_[0].last);
+    }
+
+   private:
+    Vec<A> gathered(int64_t i, int64_t j) const {
+      A lanes[kN] = {};
+      for (int k = 0; k < count_; ++k) {
+        const int64_t some = pieces_[k].last - pieces_[k].first;
+        store_first<A>(lanes + pieces_[k].first, load_first<A>(pieces_[k].x.at(i, j), some), some);
+      }
+      return load(lanes);
+    }
+
+    struct Piece {
+      Walk<const X> x;
+      int64_t first, last;
+    };
+    Piece pieces_[kN];
+    int count_ = 0;
+  };
+
   struct Masked {
     Walk<A> to;
-    Walk<const X> x;
+    Behind x;
     int64_t lanes;
-    Vec<A> scale, shift, mean;
+    Vec<A> scale, shift, mean, floor;
     Sums& sums;
 
     Masked(const TilePass& pass, int64_t channel, Sums& s)
         : to(pass.to.low, pass.shape),
-          x(pass.behind.x, pass.shape),
+          x(pass, channel),
           lanes(std::min<int64_t>(kN, pass.shape.out_channels - channel)),
           scale(load_first<A>(pass.behind.psi.scale + channel, lanes)),
           shift(load_first<A>(pass.behind.psi.shift + channel, lanes)),
           mean(load_first<A>(pass.behind.mean + channel, lanes)),
+          floor(broadcast(pass.behind.psi.floor())),
           sums(s) {
       to.slab.data += channel;
-      x.slab.data += channel;
     }
     D3NET_INLINE void begin(const Origin& tile) {
       to.begin(tile);
       x.begin(tile);
     }
     D3NET_INLINE void put(int64_t i, int64_t j, Vec<A> v) {
-      const X* p = x.at(i, j);
-      const Vec<A> value = lanes == kN ? load<A>(p) : load_first<A>(p, lanes);
-      v = fma(value, scale, shift) <= 0 ? Vec<A>{} : v;
+      const Vec<A> value = x.at(i, j);
+      v = fma(value, scale, shift) <= floor ? Vec<A>{} : v;
       sums.sum += v;
       sums.squares = fma(v, value - mean, sums.squares);
       store(to.at(i, j), v);
@@ -461,9 +510,16 @@ class TilePass {
       const int64_t x = tile.x + (m > 1 ? j * shape.dilation_w : 0);
       if (y >= shape.height || x >= shape.width) continue;
       prefetch(slab.at(tile.image, y, x) + offset, chunk * kN * static_cast<int64_t>(sizeof(A)));
-      if (behind.x.data)
-        prefetch(behind.x.at(tile.image, y, x) + first * kN,
-                 chunk * kN * static_cast<int64_t>(sizeof(X)));
+      if (behind.sums) behind.parts.prefetch_pixel(tile.image, y, x);
+    }
+  }
+
+  /// Of direct convolution, the inputs that no earlier row of outputs has read.
+  D3NET_INLINE void prefetch_lowest_row(const Tiles& tiles) const {
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const Origin& tile = tiles.at[t];
+      const int64_t y = shape.tap_y(tile.y, shape.kernel_h - 1);
+      if (y < shape.height) input.parts.prefetch_pixel(tile.image, y, tile.x);
     }
   }
 
@@ -476,9 +532,7 @@ class TilePass {
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t y = tiles.at[t].y + (i - 1) * shape.dilation_h;
       const int64_t x = tiles.at[t].x + (j - 1) * shape.dilation_w;
-      if (shape.inside(y, x))
-        prefetch(input.x.at(tiles.at[t].image, y, x),
-                 shape.in_channels * static_cast<int64_t>(sizeof(In)));
+      if (shape.inside(y, x)) input.parts.prefetch_pixel(tiles.at[t].image, y, x);
     }
   }
 };
