@@ -94,9 +94,9 @@ class Case:
 
     size is (N, H, W). mode: "train" takes batch statistics, but for the `frozen` norms; "eval" the
     running ones. Without `running` there are none to take or update. `layout`, `grad_layout` and
-    `weight_layout` name functions of grid.LAYOUTS. `parts` are the channels of the tensors that x is
-    given in, () for one. `needs` are the tensors that require a gradient;
-    "weight[1]" stands for one alone. `x_offset` and `x_scale` move x away from mean 0, variance 1.
+    `weight_layout` name functions of grid.LAYOUTS. `parts` are the channels of the tensors that x
+    is given in, () for one. `needs` are the tensors that require a gradient; "weight[1]" stands
+    for one alone. `x_offset` and `x_scale` move x away from mean 0, variance 1.
     """
 
     name: str

@@ -141,27 +141,17 @@ class TilePass {
   /// One input channel's weights to the output channels out, out + 1, ...; zeros beyond the ends.
   template <int m>
   void pack_vector(int64_t channel, int64_t out, int64_t position, A* u) const {
-    const int64_t first = std::max<int64_t>(0, -out);
-    const int64_t last = std::min<int64_t>(kN, shape.out_channels - out);
-    const int64_t taps = shape.kernel_h * shape.kernel_w;
-    A by_tap[kMostTaps][kN];
-    if (last - first < kN) std::fill(by_tap[0], by_tap[taps], A{0});
-    for (int64_t l = first; l < last; ++l) {
-      const X* w = static_cast<const X*>(weight.data) + channel * weight.stride_c +
-                   (out + l) * weight.stride_k;
-      int64_t tap = 0;
-      for (int64_t i = 0; i < shape.kernel_h; ++i)
-        for (int64_t j = 0; j < shape.kernel_w; ++j)
-          by_tap[tap++][l] = load_one<A>(w + i * weight.stride_h + j * weight.stride_w);
-    }
+    Vec<A> by_tap[m > 1 ? 9 : kMostTaps];
+    load_taps<m>(channel, out, by_tap);
     if constexpr (m == 1) {
-      for (int64_t tap = 0; tap < taps; ++tap) store(u + tap * position, load(by_tap[tap]));
+      const int64_t taps = shape.kernel_h * shape.kernel_w;
+      for (int64_t tap = 0; tap < taps; ++tap) store(u + tap * position, by_tap[tap]);
     } else {
       constexpr int side = Winograd<m>::positions;
       WideDoubles rows[3][side];
       for (int i = 0; i < 3; ++i) {
         WideDoubles row[3];
-        for (int j = 0; j < 3; ++j) widen(load(by_tap[3 * i + j]), row[j]);
+        for (int j = 0; j < 3; ++j) widen(by_tap[3 * i + j], row[j]);
         Winograd<m>::weight(row, rows[i]);
       }
       for (int j = 0; j < side; ++j) {
@@ -171,6 +161,48 @@ class TilePass {
         for (int i = 0; i < side; ++i) store(u + (i * side + j) * position, narrow(result[i]));
       }
     }
+  }
+
+  /// Vectors of output channels, one a tap. Where the taps of a channel follow each other in
+  /// memory, in either direction, a run of them is loaded for each output and transposed.
+  template <int m>
+  D3NET_INLINE void load_taps(int64_t channel, int64_t out, Vec<A>* by_tap) const {
+    const int64_t first = std::max<int64_t>(0, -out);
+    const int64_t last = std::min<int64_t>(kN, shape.out_channels - out);
+    const int64_t width = m > 1 ? 3 : shape.kernel_w, taps = m > 1 ? 9 : shape.kernel_h * width;
+    const X* w =
+        static_cast<const X*>(weight.data) + channel * weight.stride_c + out * weight.stride_k;
+    const int64_t step = weight.stride_w;
+    if ((step != 1 && step != -1) || weight.stride_h != step * width) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        A lanes[kN] = {};
+        for (int64_t l = first; l < last; ++l)
+          lanes[l] = load_one<A>(w + l * weight.stride_k + tap / width * weight.stride_h +
+                                 tap % width * weight.stride_w);
+        by_tap[tap] = load(lanes);
+      }
+      return;
+    }
+    const X* lowest = step > 0 ? w : w - (taps - 1);
+    auto run = [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+      Vec<A> block[kN];
+      unroll<kN>([&](auto l) __attribute__((always_inline)) {
+        block[l] = first <= l && l < last
+                       ? load_first<A>(lowest + l * weight.stride_k + begin, count)
+                       : Vec<A>{};
+      });
+      transpose<A>(block);
+      unroll<kN>([&](auto t) __attribute__((always_inline)) {
+        if (t < count) by_tap[step > 0 ? begin + t : taps - 1 - begin - t] = block[t];
+      });
+    };
+    if constexpr (m > 1)
+      unroll<ceil_div(9, kN)>([&](auto i) __attribute__((always_inline)) {
+        run(i * kN, std::min<int64_t>(kN, 9 - i * kN));
+      });
+    else
+      for (int64_t begin = 0; begin < taps; begin += kN)
+        run(begin, std::min<int64_t>(kN, taps - begin));
   }
 
   // ---- one task --------------------------------------------------------------------------------
@@ -267,11 +299,10 @@ class TilePass {
   void write_vector(const Tiles& tiles, int64_t vector, const A* products, int64_t position,
                     Totals& totals) const {
     const int64_t channel = vector * kN - lead();  // of lane 0, may be negative
-    Sums sums;
     if (behind.sums) {
       // Whole vectors: what lies beyond the channels is padding.
-      Masked writer(*this, channel, sums);
-      write_tiles<m>(tiles, products, position, writer);
+      Behind from(*this, channel);
+      const Sums sums = write_tiles<m>(tiles, products, position, Masked(*this, channel, from));
       for (int64_t l = 0; l < std::min<int64_t>(kN, shape.out_channels - channel); ++l) {
         double* to = &totals.behind[static_cast<size_t>(2 * (channel + l))];
         to[0] = static_cast<double>(sums.sum[l]);
@@ -279,17 +310,15 @@ class TilePass {
       }
       return;
     }
-    Piece<A> pieces[2];
+    Piece<A> pieces[2] = {};
     const int count = pieces_of(vector, pieces);
-    sums.wanted = channel < measure.channels && channel + kN > 0;
-    if (count == 1 && pieces[0].first == 0 && pieces[0].last == kN) {
-      Whole writer(*this, channel, pieces[0], sums);
-      write_tiles<m>(tiles, products, position, writer);
-    } else {
-      InPieces writer(*this, channel, pieces, count, sums);
-      write_tiles<m>(tiles, products, position, writer);
-    }
-    if (!sums.wanted) return;
+    const bool measured = std::max<int64_t>(0, channel) < measure.channels;
+    const bool whole = count == 1 && pieces[0].first == 0 && pieces[0].last == kN;
+    const Sums sums = whole ? write_tiles<m>(tiles, products, position,
+                                             Whole(*this, channel, pieces[0], measured))
+                            : write_tiles<m>(tiles, products, position,
+                                             InPieces(*this, channel, pieces, count, measured));
+    if (!measured) return;
     totals.outputs = sums.count;
     const double n = static_cast<double>(sums.count);
     for (int64_t l = std::max<int64_t>(0, -channel);
@@ -303,7 +332,6 @@ class TilePass {
 
   /// Over the outputs of a task. Distances from the first output keep float sums accurate.
   struct Sums {
-    bool wanted = false;
     int64_t count = 0;
     Vec<A> pivot{}, sum{}, squares{};
 
@@ -339,19 +367,20 @@ class TilePass {
     Walk<A> to;
     Vec<A> offset;
     bool accumulate;
-    Sums& sums;
+    bool measured;
+    Sums sums;
 
-    Whole(const TilePass& pass, int64_t channel, const Piece<A>& piece, Sums& s)
+    Whole(const TilePass& pass, int64_t channel, const Piece<A>& piece, bool is_measured)
         : to(piece.slab, pass.shape),
           offset(pass.bias_of(channel)),
           accumulate(pass.accumulate),
-          sums(s) {}
+          measured(is_measured) {}
     D3NET_INLINE void begin(const Origin& tile) { to.begin(tile); }
     D3NET_INLINE void put(int64_t i, int64_t j, Vec<A> v) {
       A* p = to.at(i, j);
       v += offset;
       if (accumulate) v += load(p);
-      if (sums.wanted) sums.add(v);
+      if (measured) sums.add(v);
       store(p, v);
     }
   };
@@ -361,15 +390,17 @@ class TilePass {
     int64_t first[2], last[2];
     Vec<A> offset;
     bool accumulate;
-    Sums& sums;
+    bool measured;
+    Sums sums;
 
-    InPieces(const TilePass& pass, int64_t channel, const Piece<A> (&pieces)[2], int count, Sums& s)
+    InPieces(const TilePass& pass, int64_t channel, const Piece<A> (&pieces)[2], int count,
+             bool is_measured)
         : to{{pieces[0].slab, pass.shape}, {pieces[count - 1].slab, pass.shape}},
           first{pieces[0].first, pieces[count - 1].first},
           last{pieces[0].last, count == 1 ? pieces[0].first : pieces[1].last},
           offset(pass.bias_of(channel)),
           accumulate(pass.accumulate),
-          sums(s) {}
+          measured(is_measured) {}
     D3NET_INLINE void begin(const Origin& tile) {
       to[0].begin(tile);
       to[1].begin(tile);
@@ -381,7 +412,7 @@ class TilePass {
         v += load_lanes(p, first[0], last[0]);
         if (first[1] < last[1]) v += load_lanes(q, first[1], last[1]);
       }
-      if (sums.wanted) sums.add(v);
+      if (measured) sums.add(v);
       store_lanes(p, v, first[0], last[0]);
       if (first[1] < last[1]) store_lanes(q, v, first[1], last[1]);
     }
@@ -407,14 +438,9 @@ class TilePass {
     D3NET_INLINE void begin(const Origin& tile) {
       for (int i = 0; i < count_; ++i) pieces_[i].x.begin(tile);
     }
-    D3NET_INLINE Vec<A> at(int64_t i, int64_t j) const {
-      if (count_ != 1) return gathered(i, j);
-      const X* p = pieces_[0].x.at(i, j);
-      return pieces_[0].last == kN ? load<A>(p) : load_first<A>(p, pieces_[0].last);
-    }
-
-   private:
-    Vec<A> gathered(int64_t i, int64_t j) const {
+    /// The part that has all channels of the vector, or null.
+    const Walk<const X>* only() const { return count_ == 1 ? &pieces_[0].x : nullptr; }
+    Vec<A> at(int64_t i, int64_t j) const {
       A lanes[kN] = {};
       for (int k = 0; k < count_; ++k) {
         const int64_t some = pieces_[k].last - pieces_[k].first;
@@ -423,6 +449,7 @@ class TilePass {
       return load(lanes);
     }
 
+   private:
     struct Piece {
       Walk<const X> x;
       int64_t first, last;
@@ -433,28 +460,34 @@ class TilePass {
 
   struct Masked {
     Walk<A> to;
-    Behind x;
+    Walk<const X> x;
+    Behind* parts;  // null: x has all channels
     int64_t lanes;
     Vec<A> scale, shift, mean, floor;
-    Sums& sums;
+    Sums sums;
 
-    Masked(const TilePass& pass, int64_t channel, Sums& s)
+    Masked(const TilePass& pass, int64_t channel, Behind& from)
         : to(pass.to.low, pass.shape),
-          x(pass, channel),
+          parts(from.only() ? nullptr : &from),
           lanes(std::min<int64_t>(kN, pass.shape.out_channels - channel)),
           scale(load_first<A>(pass.behind.psi.scale + channel, lanes)),
           shift(load_first<A>(pass.behind.psi.shift + channel, lanes)),
           mean(load_first<A>(pass.behind.mean + channel, lanes)),
-          floor(broadcast(pass.behind.psi.floor())),
-          sums(s) {
+          floor(broadcast(pass.behind.psi.floor())) {
       to.slab.data += channel;
+      if (!parts) x = *from.only();
     }
     D3NET_INLINE void begin(const Origin& tile) {
       to.begin(tile);
-      x.begin(tile);
+      if (parts)
+        parts->begin(tile);
+      else
+        x.begin(tile);
     }
     D3NET_INLINE void put(int64_t i, int64_t j, Vec<A> v) {
-      const Vec<A> value = x.at(i, j);
+      const Vec<A> value = parts         ? parts->at(i, j)
+                           : lanes == kN ? load<A>(x.at(i, j))
+                                         : load_first<A>(x.at(i, j), lanes);
       v = fma(value, scale, shift) <= floor ? Vec<A>{} : v;
       sums.sum += v;
       sums.squares = fma(v, value - mean, sums.squares);
@@ -462,8 +495,9 @@ class TilePass {
     }
   };
 
+  /// The inverse transform of some tiles. The writer is taken by value: its sums stay in registers.
   template <int m, class Writer>
-  void write_tiles(const Tiles& tiles, const A* products, int64_t position, Writer& writer) const {
+  Sums write_tiles(const Tiles& tiles, const A* products, int64_t position, Writer writer) const {
     for (int64_t t = 0; t < tiles.count; ++t, products += kN) {
       const Origin& tile = tiles.at[t];
       writer.begin(tile);
@@ -492,6 +526,7 @@ class TilePass {
         }
       }
     }
+    return writer.sums;
   }
 
   // ---- what is needed next comes to L2 while the products are made ------------------------------
@@ -501,17 +536,23 @@ class TilePass {
                                      int64_t chunk) const {
     const int i = (p - m) / m, j = (p - m) % m;  // positions m .. m + m * m - 1 each take an output
     if (m > 1 && (p < m || i >= m)) return;
-    const int64_t channel = (first_vector() + first) * kN;
-    const Slab<A>& slab = channel < to.cut ? to.low : to.high;
-    const int64_t offset = channel < to.cut ? channel : channel - to.cut;
+    const int64_t begin = (first_vector() + first) * kN, end = begin + chunk * kN;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const Origin& tile = tiles.at[t];
       const int64_t y = tile.y + (m > 1 ? i * shape.dilation_h : 0);
       const int64_t x = tile.x + (m > 1 ? j * shape.dilation_w : 0);
       if (y >= shape.height || x >= shape.width) continue;
-      prefetch(slab.at(tile.image, y, x) + offset, chunk * kN * static_cast<int64_t>(sizeof(A)));
+      prefetch_channels(to.low, tile.image, y, x, begin, std::min(end, to.cut));
+      prefetch_channels(to.high, tile.image, y, x, std::max<int64_t>(0, begin - to.cut),
+                        std::min(end, to.end) - to.cut);
       if (behind.sums) behind.parts.prefetch_pixel(tile.image, y, x);
     }
+  }
+
+  D3NET_INLINE static void prefetch_channels(const Slab<A>& slab, int64_t image, int64_t y,
+                                             int64_t x, int64_t begin, int64_t end) {
+    if (begin < end)
+      prefetch(slab.at(image, y, x) + begin, (end - begin) * static_cast<int64_t>(sizeof(A)));
   }
 
   /// Of direct convolution, the inputs that no earlier row of outputs has read.
