@@ -123,8 +123,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors parts, Tensors weight
                                                    Ints use_batch, double eps, bool per_layer,
                                                    bool relu, int64_t out_layers, int64_t precision,
                                                    bool keep) {
-  const BlockCall call(parts, weights, biases, norm_weights, norm_biases, running_means,
-                       running_variances, use_batch, eps, per_layer, relu, out_layers, precision);
+  BlockCall call(parts, weights, biases, norm_weights, norm_biases, running_means,
+                 running_variances, use_batch, eps, per_layer, relu, out_layers, precision);
+  call.problem.weights_recur = !keep;  // who goes backward has others soon
   const Tensor& x = parts[0];
   const D2Problem& p = call.problem;
   const ScalarType kept = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../d2_block.h"
+#include "packed_weights.h"
 #include "relayout.h"
 #include "tile_pass.h"
 #include "tile_weight_grad.h"
@@ -158,7 +159,7 @@ class D2Forward : D2Block<T> {
 
   /// `mean` and `variance` hold those of x_0, where a norm wants them; the others are added.
   void run() {
-    static thread_local Scratch sums_memory, packed_memory;
+    static thread_local Scratch sums_memory;
     const Borrowed<A> sums(sums_memory, Base::kWide ? 0 : this->pixels() * p.row());
     const std::vector<A> bias = layer_biases();
     std::vector<Pass> passes;
@@ -177,21 +178,19 @@ class D2Forward : D2Block<T> {
       pass.accumulate = !link.opens;
       if (link.opens) pass.bias = bias.data() + (link.first_layer - 1) * p.growth;
       if (measures(link.finishes)) {
-        moments[i].resize(static_cast<size_t>(pass.tasks() * p.growth));
-        counts[i].resize(static_cast<size_t>(pass.tasks()));
+        moments[i].resize(static_cast<size_t>(pass.runs() * p.growth));
+        counts[i].resize(static_cast<size_t>(pass.runs()));
         pass.measure = {p.growth, moments[i].data(), counts[i].data()};
       }
     }
-    const std::vector<int64_t> offsets = packed_offsets(passes);
-    const Borrowed<A> packed(packed_memory, offsets.back());
+    PackedWeights<Pass> packed(passes, p.weights_recur);
 
     Crew::run([&](Crew::Worker& worker) {
-      pack_all(worker, passes, offsets, packed.get());
+      packed.prepare(worker);
       worker.once([&] { this->fold_norm(0); });
       for (size_t i = 0; i < passes.size(); ++i) {
-        worker.each(passes[i].tasks(), [&](int64_t task, int64_t next) {
-          passes[i].run(task, next, packed.get() + offsets[i]);
-        });
+        worker.each(passes[i].tasks(),
+                    [&](int64_t task, int64_t next) { passes[i].run(task, next, packed.of(i)); });
         const int64_t layer = this->links_[i].finishes;
         if (layer == 0) continue;
         if constexpr (!Base::kWide) round_layer(worker, layer, sums.get());
@@ -290,7 +289,7 @@ class D2Backward : D2Block<T> {
 
   void run() {
     const int64_t pitch_y = round_up(std::max(p.in_channels, p.growth), kAlignedChannels);
-    static thread_local Scratch rows_memory, y_memory, packed_memory, workspace_memory;
+    static thread_local Scratch rows_memory, y_memory, workspace_memory;
     const Borrowed<A> rows(rows_memory, this->pixels() * p.row());
     const Borrowed<A> gradient_y(y_memory, this->pixels() * pitch_y);
     rows_ = this->slab(rows.get(), p.row());
@@ -303,31 +302,29 @@ class D2Backward : D2Block<T> {
     for (size_t i = 0; i < this->links_.size(); ++i) {
       const Link& link = this->links_[i];
       passes.push_back(data_gradient(link));
-      sums[i].resize(static_cast<size_t>(2 * passes[i].tasks() * passes[i].shape.out_channels));
+      sums[i].resize(static_cast<size_t>(2 * passes[i].runs() * passes[i].shape.out_channels));
       passes[i].behind.sums = sums[i].data();
       weight_gradients.push_back(weight_gradient(link));
       if (weight_gradients[i].to)
         workspace_size = std::max(workspace_size, weight_gradients[i].workspace_size());
     }
-    const std::vector<int64_t> offsets = packed_offsets(passes);
-    const Borrowed<A> packed(packed_memory, offsets.back());
+    PackedWeights<Pass> packed(passes, false);
     const Borrowed<A> workspace(workspace_memory, workspace_size);
     const int64_t map_rows = p.batch * p.height;
     std::vector<double> row_sums(static_cast<size_t>(map_rows * p.growth));
     std::vector<Coefficients> coefficients(static_cast<size_t>(std::max(p.in_channels, p.growth)));
 
     Crew::run([&](Crew::Worker& worker) {
-      pack_all(worker, passes, offsets, packed.get());
+      packed.prepare(worker);
       worker.each(map_rows, [&](int64_t i, int64_t) { copy_gradient(i, row_sums.data()); });
       worker.once([&] { add_rows(p.layers, row_sums); });
       for (size_t i = this->links_.size(); i-- > 0;) {
         const Link& link = this->links_[i];
         if (weight_gradients[i].to) weight_gradients[i].run(worker, workspace.get());
         if (!wanted(link)) continue;
-        worker.each(passes[i].tasks(), [&](int64_t task, int64_t next) {
-          passes[i].run(task, next, packed.get() + offsets[i]);
-        });
-        worker.once([&] { finish_norm(link, sums[i], passes[i].tasks(), coefficients.data()); });
+        worker.each(passes[i].tasks(),
+                    [&](int64_t task, int64_t next) { passes[i].run(task, next, packed.of(i)); });
+        worker.once([&] { finish_norm(link, sums[i], passes[i].runs(), coefficients.data()); });
         if (!source_wanted(link.source)) continue;
         const bool first = opens_source(i), last = link.first_layer == link.source + 1;
         const Parts<T> source = this->source(link.source);
@@ -434,14 +431,14 @@ class D2Backward : D2Block<T> {
   }
 
   /// Gradients of gamma and beta, and what they do to that of the source.
-  void finish_norm(const Link& link, const std::vector<double>& sums, int64_t tasks,
+  void finish_norm(const Link& link, const std::vector<double>& sums, int64_t runs,
                    Coefficients* coefficients) const {
     const int64_t channels = p.channels_of(link.source), start = this->in_norm(link.source);
     const Norm& norm = p.norms[link.norm];
     const double count = static_cast<double>(this->pixels());
     for (int64_t c = 0; c < channels; ++c) {
       double sum = 0, sum_x = 0;
-      for (int64_t t = 0; t < tasks; ++t) {
+      for (int64_t t = 0; t < runs; ++t) {
         sum += sums[static_cast<size_t>(2 * (t * channels + c))];
         sum_x += sums[static_cast<size_t>(2 * (t * channels + c) + 1)];
       }

@@ -41,7 +41,7 @@ struct Moments {
 };
 
 /// What a finished layer's first channels are measured for: batch statistics.
-/// moments: [task][channels], counts: [task] outputs of a channel.
+/// moments: [run][channels], counts: [run] outputs of a channel.
 struct Measure {
   int64_t channels = 0;  // 0: nothing
   Moments* moments = nullptr;
@@ -49,7 +49,7 @@ struct Measure {
 };
 
 /// psi seen from behind: gradients of y = psi(x) become those of x * scale + shift.
-/// sums: [task][channels][2]: over outputs, of the gradient and of the gradient times (x - mean).
+/// sums: [run][channels][2]: over outputs, of the gradient and of the gradient times (x - mean).
 template <class X, class A>
 struct PsiBackward {
   Parts<X> parts;
@@ -63,6 +63,9 @@ class TilePass {
   static constexpr int kN = kLanes<A>;
 
  public:
+  using Element = X;  // of the weights
+  using Sum = A;
+
   PassShape shape;
   PassPlan plan;
   TileInput<In, A> input;
@@ -73,7 +76,9 @@ class TilePass {
   Measure measure;
   PsiBackward<X, A> behind;  // sums null: none
 
-  int64_t tasks() const { return ceil_div(shape.grid(plan.algorithm).count(), plan.tiles); }
+  /// Runs of tiles, each with sums of its own.
+  int64_t runs() const { return ceil_div(shape.grid(plan.algorithm).count(), plan.tiles); }
+  int64_t tasks() const { return runs() * plan.shares; }
 
   int64_t packed_size() const {
     int64_t size = 0;
@@ -210,22 +215,30 @@ class TilePass {
   template <int m>
   void run_tiles(int64_t task, int64_t next, const A* packed) const {
     static thread_local Scratch v_memory, product_memory;
+    const int64_t run = task / plan.shares, next_run = next < 0 ? -1 : next / plan.shares;
     const int64_t positions = shape.positions(plan.algorithm);
     const TileGrid grid = shape.grid(plan.algorithm);
-    const Tiles tiles(grid, task * plan.tiles, plan.tiles);
-    const Tiles ahead = next < 0 ? Tiles() : Tiles(grid, next * plan.tiles, plan.tiles);
+    const Tiles tiles(grid, run * plan.tiles, plan.tiles);
+    const Tiles ahead = next_run <= run ? Tiles() : Tiles(grid, next_run * plan.tiles, plan.tiles);
 
     const int64_t v_position = input.parts.groups(kN) * plan.tiles * kN + kN;
     A* v = v_memory.get<A>(positions * v_position);
     int live[kMostTaps];
-    const int64_t num_live = m == 1 ? shape.live_taps_of(task * plan.tiles, tiles.count, live) : 0;
+    const int64_t num_live = m == 1 ? shape.live_taps_of(run * plan.tiles, tiles.count, live) : 0;
     input.template transform<m>(shape, tiles, live, num_live, v, plan.tiles, v_position);
 
-    Totals totals{std::vector<Moments>(static_cast<size_t>(measure.channels)),
-                  std::vector<double>(behind.sums ? 2 * shape.out_channels : 0)};
-    for (int64_t first = 0; first < vectors();) {
+    // The share begins and ends with a chunk.
+    const int64_t share = task % plan.shares;
+    const int64_t begin = vectors() * share / plan.shares;
+    const int64_t end = vectors() * (share + 1) / plan.shares;
+    for (int64_t first = 0; first < end;) {
       const int chunk = next_chunk(vectors() - first);
-      const bool last_chunk = first + chunk == vectors();
+      if (first < begin) {
+        packed += positions * u_position(chunk);
+        first += chunk;
+        continue;
+      }
+      const bool last_chunk = first + chunk >= end;
       const int64_t product_position = chunk * plan.tiles * kN + kN;
       A* products = product_memory.get<A>((m == 1 ? 1 : positions) * product_position);
       MultiplyArgs<A> args;
@@ -251,31 +264,15 @@ class TilePass {
         }
       }
       for (int k = 0; k < chunk; ++k)
-        write_vector<m>(tiles, first + k, products + k * plan.tiles * kN, product_position, totals);
+        write_vector<m>(tiles, run, first + k, products + k * plan.tiles * kN, product_position);
       packed += positions * u_position(chunk);
       first += chunk;
     }
-    report(task, totals);
   }
 
   static constexpr int kMostPositions = 64;
 
   // ---- outputs ---------------------------------------------------------------------------------
-
-  /// Sums over the outputs of one task.
-  struct Totals {
-    std::vector<Moments> moments;
-    std::vector<double> behind;
-    int64_t outputs = 0;
-  };
-
-  void report(int64_t task, const Totals& totals) const {
-    std::copy(totals.moments.begin(), totals.moments.end(),
-              measure.moments + task * measure.channels);
-    if (measure.channels) measure.counts[task] = static_cast<double>(totals.outputs);
-    std::copy(totals.behind.begin(), totals.behind.end(),
-              behind.sums + task * 2 * shape.out_channels);
-  }
 
   int pieces_of(int64_t vector, Piece<A>* pieces) const {
     const int64_t channel = (first_vector() + vector) * kN;
@@ -296,15 +293,15 @@ class TilePass {
   /// One vector of output channels of all tiles: the inverse transform, and what happens to
   /// outputs.
   template <int m>
-  void write_vector(const Tiles& tiles, int64_t vector, const A* products, int64_t position,
-                    Totals& totals) const {
+  void write_vector(const Tiles& tiles, int64_t run, int64_t vector, const A* products,
+                    int64_t position) const {
     const int64_t channel = vector * kN - lead();  // of lane 0, may be negative
     if (behind.sums) {
       // Whole vectors: what lies beyond the channels is padding.
       Behind from(*this, channel);
       const Sums sums = write_tiles<m>(tiles, products, position, Masked(*this, channel, from));
       for (int64_t l = 0; l < std::min<int64_t>(kN, shape.out_channels - channel); ++l) {
-        double* to = &totals.behind[static_cast<size_t>(2 * (channel + l))];
+        double* to = behind.sums + 2 * (run * shape.out_channels + channel + l);
         to[0] = static_cast<double>(sums.sum[l]);
         to[1] = static_cast<double>(sums.squares[l]);
       }
@@ -319,13 +316,13 @@ class TilePass {
                             : write_tiles<m>(tiles, products, position,
                                              InPieces(*this, channel, pieces, count, measured));
     if (!measured) return;
-    totals.outputs = sums.count;
+    if (channel <= 0) measure.counts[run] = static_cast<double>(sums.count);
     const double n = static_cast<double>(sums.count);
     for (int64_t l = std::max<int64_t>(0, -channel);
          l < std::min<int64_t>(kN, measure.channels - channel); ++l) {
       const double s = static_cast<double>(sums.sum[l]);
       const double around_mean = static_cast<double>(sums.squares[l]) - s * s / n;
-      totals.moments[static_cast<size_t>(channel + l)] = {
+      measure.moments[run * measure.channels + channel + l] = {
           static_cast<double>(sums.pivot[l]) + s / n, around_mean < 0 ? 0 : around_mean};
     }
   }
@@ -577,26 +574,5 @@ class TilePass {
     }
   }
 };
-
-/// Where each pass's packed weights begin, and where all end.
-template <class Pass>
-std::vector<int64_t> packed_offsets(const std::vector<Pass>& passes) {
-  std::vector<int64_t> offsets{0};
-  for (const Pass& pass : passes)
-    offsets.push_back(offsets.back() + round_up(pass.packed_size(), 64));
-  return offsets;
-}
-
-template <class Pass, class A>
-void pack_all(Crew::Worker& worker, const std::vector<Pass>& passes,
-              const std::vector<int64_t>& offsets, A* packed) {
-  int64_t items = 0;
-  for (const Pass& pass : passes) items += pass.pack_items();
-  worker.each(items, [&](int64_t item, int64_t) {
-    size_t i = 0;
-    while (item >= passes[i].pack_items()) item -= passes[i++].pack_items();
-    passes[i].pack(item, packed + offsets[i]);
-  });
-}
 
 }  // namespace d3net::cpu::D3NET_ISA
