@@ -52,6 +52,10 @@ struct D2Problem {
   }
   int64_t in_row(int64_t layer) const { return row() - growth * (layers - layer + 1); }
   int64_t hidden_layers() const { return layers - out_layers; }
+  int64_t multiplications() const {
+    const int64_t pairs = growth * (layers - 1) * layers / 2;  // each later source and its layers
+    return batch * height * width * kernel_h * kernel_w * growth * (in_channels * layers + pairs);
+  }
 
   /// Channels of the sources x_0 .. x_{L-1} together, which statistics are kept of.
   int64_t source_channels() const { return in_channels + (layers - 1) * growth; }

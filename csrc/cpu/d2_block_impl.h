@@ -185,7 +185,7 @@ class D2Forward : D2Block<T> {
     }
     PackedWeights<Pass> packed(passes, p.weights_recur);
 
-    Crew::run([&](Crew::Worker& worker) {
+    auto program = [&](Crew::Worker& worker) {
       packed.prepare(worker);
       worker.once([&] { this->fold_norm(0); });
       for (size_t i = 0; i < passes.size(); ++i) {
@@ -200,7 +200,8 @@ class D2Forward : D2Block<T> {
             this->fold_norm(layer);
           });
       }
-    });
+    };
+    Crew::run(program, p.multiplications());
   }
 
  private:
@@ -314,7 +315,7 @@ class D2Backward : D2Block<T> {
     std::vector<double> row_sums(static_cast<size_t>(map_rows * p.growth));
     std::vector<Coefficients> coefficients(static_cast<size_t>(std::max(p.in_channels, p.growth)));
 
-    Crew::run([&](Crew::Worker& worker) {
+    auto program = [&](Crew::Worker& worker) {
       packed.prepare(worker);
       worker.each(map_rows, [&](int64_t i, int64_t) { copy_gradient(i, row_sums.data()); });
       worker.once([&] { add_rows(p.layers, row_sums); });
@@ -334,7 +335,8 @@ class D2Backward : D2Block<T> {
         });
         if (link.source && last) worker.once([&] { add_rows(link.source, row_sums); });
       }
-    });
+    };
+    Crew::run(program, p.multiplications());
     bias_gradients();
   }
 
@@ -388,7 +390,7 @@ class D2Backward : D2Block<T> {
     pass.to.cut = pass.to.end = round_up(pass.shape.out_channels, kAlignedChannels);
     pass.behind = {this->source(link.source), this->psi_of(link),
                    means_[static_cast<size_t>(link.norm)].data() + this->in_norm(link.source),
-                   nullptr};
+                   nullptr, false};
     return pass;
   }
 
@@ -398,9 +400,9 @@ class D2Backward : D2Block<T> {
     w.algorithm = this->plan_of(w.shape).algorithm;
     w.input = {this->source(link.source), true, this->psi_of(link)};
     w.gradient = read(gradient_of(link.first_layer));
+    w.to_stride = p.channels_of(link.source) * p.kernel_h * p.kernel_w;
     if (void* to = g_.weights[link.source])
-      w.to = static_cast<T*>(to) + (link.first_layer - 1 - link.source) * p.growth *
-                                       p.channels_of(link.source) * p.kernel_h * p.kernel_w;
+      w.to = static_cast<T*>(to) + (link.first_layer - 1 - link.source) * p.growth * w.to_stride;
     return w;
   }
 

@@ -11,8 +11,11 @@
 
 namespace d3net::cpu::D3NET_ISA {
 
-// In a translation unit of their own, d2_block_*.cpp.
-bool forward_on_tiles(const Problem&, const void* bias, const View& out);  // false: not done
+// In a translation unit of their own, d2_block_*.cpp. Those on tiles return false if not done.
+bool forward_on_tiles(const Problem&, const void* bias, const View& out);
+bool backward_data_on_tiles(const Problem&, const View& gradient, const View* grad_inputs,
+                            double* psi_sums);
+bool backward_weight_on_tiles(const Problem&, const View& gradient, void* weight, void* bias);
 void d2_forward(const D2Problem&, const D2Features&, void* mean, void* variance);
 void d2_backward(const D2Problem&, const D2Features&, const void* mean, const void* variance,
                  const D2Gradients&);
@@ -122,10 +125,12 @@ const Kernels kKernels{
       for_dtype(p.dtype, [&](auto t) { forward<decltype(t)>(p, bias, out); });
     },
     [](const Problem& p, const View& gradient, const View* grad_inputs, double* psi_sums) {
+      if (backward_data_on_tiles(p, gradient, grad_inputs, psi_sums)) return;
       for_dtype(p.dtype,
                 [&](auto t) { backward_data<decltype(t)>(p, gradient, grad_inputs, psi_sums); });
     },
     [](const Problem& p, const View& gradient, void* weight, void* bias) {
+      if (backward_weight_on_tiles(p, gradient, weight, bias)) return;
       for_dtype(p.dtype, [&](auto t) { backward_weight<decltype(t)>(p, gradient, weight, bias); });
     },
     [](DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height, int64_t width,

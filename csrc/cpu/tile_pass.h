@@ -48,7 +48,7 @@ struct Measure {
   double* counts = nullptr;
 };
 
-/// psi seen from behind: gradients of y = psi(x) become those of x * scale + shift.
+/// psi seen from behind: gradients of y = psi(x) become those of x * scale + shift, or of x.
 /// sums: [run][channels][2]: over outputs, of the gradient and of the gradient times (x - mean).
 template <class X, class A>
 struct PsiBackward {
@@ -56,6 +56,7 @@ struct PsiBackward {
   Activation<A> psi;
   const A* mean = nullptr;
   double* sums = nullptr;
+  bool to_x = false;
 };
 
 template <class In, class X, class A>
@@ -297,7 +298,6 @@ class TilePass {
                     int64_t position) const {
     const int64_t channel = vector * kN - lead();  // of lane 0, may be negative
     if (behind.sums) {
-      // Whole vectors: what lies beyond the channels is padding.
       Behind from(*this, channel);
       const Sums sums = write_tiles<m>(tiles, products, position, Masked(*this, channel, from));
       for (int64_t l = 0; l < std::min<int64_t>(kN, shape.out_channels - channel); ++l) {
@@ -460,17 +460,22 @@ class TilePass {
     Walk<const X> x;
     Behind* parts;  // null: x has all channels
     int64_t lanes;
-    Vec<A> scale, shift, mean, floor;
+    Vec<A> scale, shift, mean, floor, slope;
     Sums sums;
 
     Masked(const TilePass& pass, int64_t channel, Behind& from)
         : to(pass.to.low, pass.shape),
           parts(from.only() ? nullptr : &from),
           lanes(std::min<int64_t>(kN, pass.shape.out_channels - channel)),
-          scale(load_first<A>(pass.behind.psi.scale + channel, lanes)),
-          shift(load_first<A>(pass.behind.psi.shift + channel, lanes)),
+          scale(broadcast(A{1})),
+          shift{},
           mean(load_first<A>(pass.behind.mean + channel, lanes)),
           floor(broadcast(pass.behind.psi.floor())) {
+      if (pass.behind.psi.scale) {
+        scale = load_first<A>(pass.behind.psi.scale + channel, lanes);
+        shift = load_first<A>(pass.behind.psi.shift + channel, lanes);
+      }
+      slope = pass.behind.to_x ? scale : broadcast(A{1});
       to.slab.data += channel;
       if (!parts) x = *from.only();
     }
@@ -488,7 +493,7 @@ class TilePass {
       v = fma(value, scale, shift) <= floor ? Vec<A>{} : v;
       sums.sum += v;
       sums.squares = fma(v, value - mean, sums.squares);
-      store(to.at(i, j), v);
+      store_first<A>(to.at(i, j), v * slope, lanes);
     }
   };
 

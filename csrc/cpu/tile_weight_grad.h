@@ -23,7 +23,8 @@ class TileWeightGradient {
   Algorithm algorithm = Algorithm::direct;
   TileInput<In, A> input;
   Slab<const A> gradient;  // data: the first output channel
-  In* to = nullptr;        // (out_channels, in_channels, kernel_h, kernel_w), dense
+  In* to = nullptr;        // (out_channels, in_channels, kernel_h, kernel_w)
+  int64_t to_stride = 0;   // between output channels; all else is dense
 
   /// Elements of memory that run() needs, shared by the threads.
   int64_t workspace_size() const {
@@ -226,7 +227,7 @@ class TileWeightGradient {
     }
     for (int64_t k = 0; k < std::min<int64_t>(kN, shape.out_channels - out); ++k)
       for (int64_t tap = 0; tap < taps; ++tap)
-        store_one<A>(to + ((out + k) * shape.in_channels + channel) * taps + tap, by_tap[tap][k]);
+        store_one<A>(to + (out + k) * to_stride + channel * taps + tap, by_tap[tap][k]);
   }
 };
 
