@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "cpu/kernels.h"
+#include "cpu/packed_cache.h"
 #include "cpu_tensors.h"
 #include "d2_block.h"
 
@@ -213,6 +214,9 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors> backward(
           std::move(grads[3])};
 }
 
+/// What is kept of packed weights.
+int64_t packed_bytes() { return static_cast<int64_t>(cpu::PackedCache::of_process().bytes()); }
+
 std::string plan(int64_t batch, int64_t in_channels, int64_t out_channels, int64_t height,
                  int64_t width, int64_t dilation, int64_t precision, bool exact) {
   STD_TORCH_CHECK(batch > 0 && in_channels > 0 && out_channels > 0 && height > 0 && width > 0 &&
@@ -233,6 +237,7 @@ std::string plan(int64_t batch, int64_t in_channels, int64_t out_channels, int64
 
 STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_plan", TORCH_BOX(&d3net::plan));
+  m.impl("cpu_packed_bytes", TORCH_BOX(&d3net::packed_bytes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CPU, m) {

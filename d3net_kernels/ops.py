@@ -71,6 +71,7 @@ d2_block_backward = _define(
     " Tensor[] grad_biases, Tensor[] grad_norm_weights, Tensor[] grad_norm_biases)"
 )
 _define("cpu_isa(str request) -> str")
+_define("cpu_packed_bytes() -> int")
 _define(
     "cpu_plan(int batch, int in_channels, int out_channels, int height, int width, int dilation,"
     " int precision, bool exact) -> str"

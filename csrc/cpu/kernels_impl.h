@@ -142,8 +142,10 @@ const Kernels kKernels{
       const int bytes = exact ? sizeof(double) : sizeof(float);
       const PassPlan plan = plan_pass(shape, static_cast<Precision>(precision), exact,
                                       {kVectorBytes / bytes, kVectorRegisters});
-      return std::string(name_of(plan.algorithm)) + ", " + std::to_string(plan.tiles) +
-             " tiles a task";
+      std::string words = name_of(plan.algorithm);
+      words += ", " + std::to_string(plan.tiles) + " tiles a task";
+      if (plan.shares > 1) words += ", outputs in " + std::to_string(plan.shares) + " shares";
+      return words;
     },
     [](DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height, int64_t width,
        void* to) {
