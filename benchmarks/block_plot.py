@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-if TYPE_CHECKING:
-    from benchmarks.blocks import Race
+from benchmarks.block_race import Race
 
 COLOURS = {"highest": "tab:blue", "high": "tab:orange", "bf16": "tab:green"}
 
@@ -29,7 +27,10 @@ def plot(path: Path, races: Sequence[Race], machine: str) -> None:
             if not chosen:
                 continue
             middle = [race.ratio() for race in chosen]
-            ends = [race.ratio_quartiles() for race in chosen]
+            ends = [
+                (race.ours().low or m, race.ours().high or m)
+                for race, m in zip(chosen, middle, strict=True)
+            ]
             panel.errorbar(
                 [blocks.index(str(race.shape)) + 0.2 * (offset - 1) for race in chosen],
                 middle,

@@ -10,8 +10,6 @@ amplifies it.
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.block_forms import precision
-from benchmarks.layers import FOLDER
+from benchmarks.results import add_output_options, beside, shown, stem_of, write_notes
 from d3net.demo.plain import PlainD2Block
 from d3net.demo.separator import SmallSeparator
 from d3net.demo.training import Run
@@ -105,17 +103,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__)
     parser.add_argument("--steps", type=int, default=200, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--save", metavar="NAME", help="keep as benchmarks/saved/NAME.*, for git")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="default 1: the network is small"
+    )
+    add_output_options(parser)
     options = parser.parse_args(arguments)
-    name = options.save or f"{time.strftime('%Y%m%d-%H%M%S')}-curves"
-    stem = FOLDER / ("saved" if options.save else "results") / name
+    stem = stem_of("curves", options)
+    torch.set_num_threads(options.threads)
     losses = train(options.steps, options.seed)
     summary = summarise(losses)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    draw(stem.with_name(f"{name}.png"), losses, f"seed {options.seed}, {describe_machine()}")
-    notes = {"machine": describe_machine(), "seed": options.seed, "summary": summary}
-    stem.with_name(f"{name}.json").write_text(json.dumps({**notes, "losses": losses}) + "\n")
-    print("\n".join(summary) + f"\npicture: {stem.relative_to(FOLDER.parent)}.png")
+    draw(beside(stem, ".png"), losses, f"seed {options.seed}, {describe_machine()}")
+    write_notes(stem, summary, seed=options.seed, losses=losses)
+    print("\n".join([*summary, f"picture and losses: {shown(stem, '.*')}"]))
 
 
 if __name__ == "__main__":
