@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.block_race import Race
 
@@ -46,7 +46,7 @@ def plot(path: Path, races: Sequence[Race], machine: str) -> None:
             )
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_yscale("log", base=2)
-        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
         panel.grid(axis="y", alpha=0.3)
         panel.set(title=mode, ylabel="best torch time / ours")
         panel.legend(title="precision", loc="upper left", bbox_to_anchor=(1, 1))

@@ -73,12 +73,12 @@ def draw(path: Path, losses: dict[str, list[float]], title: str) -> None:
     """Losses above, their distance from the reference's below."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    styles = ("-", "--", "-.", ":")
-    for style, (name, values) in zip(styles, losses.items(), strict=True):
-        above.plot(values, style, label=name, linewidth=1.5)
-        if name != REFERENCE:
-            apart = [abs(a - b) / b for a, b in zip(values, losses[REFERENCE], strict=True)]
-            below.plot(apart, style, label=name, linewidth=1, color=above.lines[-1].get_color())
+    above.plot(losses[REFERENCE], label=REFERENCE, linewidth=5, color="0.8")
+    others = {name: values for name, values in losses.items() if name != REFERENCE}
+    for style, (name, values) in zip(("-", "--", ":"), others.items(), strict=True):
+        (line,) = above.plot(values, style, label=name, linewidth=1.2)
+        apart = [abs(a - b) / b for a, b in zip(values, losses[REFERENCE], strict=True)]
+        below.plot(apart, style, label=name, linewidth=1, color=line.get_color())
     above.set(ylabel="loss", yscale="log", title=title)
     below.set(xlabel="step", ylabel=f"relative distance from\n{REFERENCE}", yscale="log")
     for panel in (above, below):

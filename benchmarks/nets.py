@@ -2,19 +2,18 @@
 
 Forward passes in eval, training steps (forward, loss, backward), and the peak of resident memory.
 
-Time: in turns in one process. Every form of plain torch runs once in both layouts; the fastest one
-then races against ours, both under "highest" and under "high" precision. A ratio is that of the
-medians in the same precision.
+Time: in turns in one process. Every form of plain torch runs in both layouts, those that are not
+clearly behind a second time; the fastest one then races against ours, both under "highest" and
+under "high" precision. A ratio is that of the medians in the same precision.
 
-Memory: ru_maxrss never falls, so each figure is that of a process of its own, which takes two
-training steps. Plain torch is in the form that was fastest. What a process holds before its first
-step, mostly torch itself, is given too.
+Memory: the peak of a process never falls, so each figure is that of a process of its own, which
+takes two training steps. Plain torch is in the form that was fastest. What a process holds before
+its first step, mostly torch itself, is given too.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import json
 import resource
@@ -42,7 +41,7 @@ from benchmarks.results import (
     verdict_lines,
     write_notes,
 )
-from benchmarks.timing import Sgemm, seconds_of, time_in_turns
+from benchmarks.timing import Sgemm, time_in_turns
 from d3net.registry import find
 
 PRECISIONS = ("highest", "high")
@@ -93,15 +92,11 @@ class Figures:
 Table = dict[Task, Figures]  # of one network in one mode
 
 
-def networks(network: str, mode: str) -> dict[str, nn.Module]:
-    """The same random weights in each layout."""
+def build(network: str, mode: str, layout: str) -> nn.Module:
+    """The network with random weights, the same ones every time."""
     torch.manual_seed(0)
     model: nn.Module = d3net.create_model(network).train(mode == "train")
-    models = {}
-    for layout, memory_format in LAYOUTS.items():
-        own = copy.deepcopy(model)
-        models[layout] = own.to(memory_format=memory_format)  # type: ignore[call-overload, unused-ignore]
-    return models
+    return model.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload, no-any-return, unused-ignore]
 
 
 def call_of(task: Task, model: nn.Module) -> Callable[[], None]:
@@ -123,14 +118,14 @@ def call_of(task: Task, model: nn.Module) -> Callable[[], None]:
 
 
 def time_network(network: str, shape: tuple[int, ...], mode: str, rounds: int) -> Table:
-    """Every torch form once, then the fastest of them against ours, in both precisions."""
-    models = networks(network, mode)
+    """All torch forms for a round, then the fastest of them against ours, in both precisions."""
+    models = {layout: build(network, mode, layout) for layout in LAYOUTS}
     plain = [name for name in forms_of(mode) if name != OURS]
     ways = [(form, layout) for form in plain for layout in LAYOUTS]
     finalists = len(PRECISIONS) * (len(LAYOUTS) + 1)
     with tqdm(
         desc=f"{network} {mode}",
-        total=len(ways) + (1 + rounds) * finalists,  # fewer where a layout of ours drops out
+        total=2 * len(ways) + (1 + rounds) * finalists,  # less those that drop out
         unit="call",
         leave=False,
     ) as bar:
@@ -138,18 +133,13 @@ def time_network(network: str, shape: tuple[int, ...], mode: str, rounds: int) -
         def calls_of(tasks: list[Task]) -> dict[Task, Callable[[], object]]:
             return {task: _counted(call_of(task, models[task.layout]), bar) for task in tasks}
 
-        once = {
-            task: seconds_of(call, 1)
-            for task, call in calls_of(
-                [Task(network, shape, mode, *way, PRECISIONS[0]) for way in ways]
-            ).items()
-        }
-        best = min(once, key=lambda task: once[task])
+        trials = [Task(network, shape, mode, *way, PRECISIONS[0]) for way in ways]
+        tried = time_in_turns(calls_of(trials), lambda task: 0, fewest_rounds=1, seconds=0)
+        best = min(tried, key=lambda task: min(tried[task]))
         ways = [*((OURS, layout) for layout in LAYOUTS), (best.form, best.layout)]
         racing = [Task(network, shape, mode, *way, name) for name in PRECISIONS for way in ways]
         samples = time_in_turns(calls_of(racing), _team, fewest_rounds=rounds, seconds=0)
-    table = {task: Figures((seconds,)) for task, seconds in once.items()}
-    return table | {task: Figures(tuple(taken)) for task, taken in samples.items()}
+    return {task: Figures(tuple(taken)) for task, taken in {**tried, **samples}.items()}
 
 
 def _team(task: Task) -> Hashable:
@@ -178,14 +168,19 @@ def ratio(table: Table, name: str) -> float:
 
 
 def peak_mib() -> float:
-    """The most resident memory that this process ever had; kibibytes on Linux, bytes on macOS."""
+    """The most resident memory that this process ever had."""
+    # Linux hands ru_maxrss down from the parent; VmHWM starts anew with the program.
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (text for text in status.read_text().splitlines() if text.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def memory_here(task: Task) -> Figures:
     """Takes STEPS steps in this process."""
-    call = call_of(task, networks(task.network, task.mode)[task.layout])
+    call = call_of(task, build(task.network, task.mode, task.layout))
     before = peak_mib()
     for _ in range(STEPS):
         call()
