@@ -6,6 +6,7 @@ a source, as in the official networks, and no norm="per_layer".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -49,7 +50,8 @@ class BlockShape:
         return f"{self.channels}+{self.layers}x{self.growth} {self.height}x{self.width}"
 
 
-def load_blocks() -> list[BlockShape]:
+@functools.cache
+def load_blocks() -> tuple[BlockShape, ...]:
     """Every distinct D2 block of NETWORKS on the input of `d3net models`, from the input on."""
     found: dict[BlockShape, list[str]] = {}
     for name in NETWORKS:
@@ -72,7 +74,9 @@ def load_blocks() -> list[BlockShape]:
                 if isinstance(module, D2Block):
                     module.register_forward_hook(note)
             model(torch.empty(find(name).input_shape))
-    return [replace(shape, networks=tuple(dict.fromkeys(names))) for shape, names in found.items()]
+    return tuple(
+        replace(shape, networks=tuple(dict.fromkeys(names))) for shape, names in found.items()
+    )
 
 
 def source_wise(

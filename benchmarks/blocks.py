@@ -15,7 +15,7 @@ Every race is written as it ends. A run that was interrupted goes on with --resu
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,12 +29,12 @@ from benchmarks.results import (
     add_output_options,
     beside,
     conditions,
-    read_notes,
+    read_conditions,
     shown,
     stem_of,
     write_notes,
 )
-from benchmarks.timing import Sgemm
+from benchmarks.timing import Sgemm, threads
 
 PRECISIONS = ("highest", "high", "bf16")
 QUICK = 6  # blocks of --quick
@@ -68,8 +68,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--report needs the table to report on: --resume TABLE.csv")
     if options.resume is not None and options.save is not None:
         parser.error("--resume goes on with the files of its table; leave out --save")
-    if options.resume is not None and not options.resume.is_file():
-        parser.error(f"there is no table {options.resume}")
+    for file in [options.resume, options.resume.with_suffix(".json")] if options.resume else []:
+        if not file.is_file():
+            parser.error(f"--resume needs a table and its notes; there is no {file}")
     options.shapes = [shape for shape in load_blocks() if options.only in str(shape)]
     if not options.shapes:
         parser.error(f"no block has {options.only!r} in its name, such as {load_blocks()[0]}")
@@ -92,22 +93,25 @@ def wanted(options: argparse.Namespace) -> list[tuple[BlockShape, str, str]]:
     ]
 
 
-def resumed(stem: Path) -> list[Race]:
-    """The races that its table has, which is left with nothing else.
-
-    Raises:
-        ValueError: they were run on another machine or with other versions.
-    """
-    before = read_notes(stem)
+def check_conditions(stem: Path, under: Mapping[str, str]) -> None:
+    """Leaves with a message where a table was begun on another machine or with other versions."""
     for what, now in conditions().items():
-        if before[what] != now:
-            raise ValueError(f"{shown(stem, '.csv')} is of {what} {before[what]}, this is {now}")
-    table, cleaned = beside(stem, ".csv"), beside(stem, ".csv.cleaned")
-    races = read_csv(table)
+        if under[what] != now:
+            raise SystemExit(
+                f"cannot resume: {shown(stem, '.csv')} is of {what} {under[what]}, this is {now}"
+            )
+
+
+def resumed(table: Path) -> list[Race]:
+    """The races that a table has, which is left with nothing else."""
+    races, cleaned = read_csv(table), table.with_name(f"{table.name}.cleaned")
     cleaned.unlink(missing_ok=True)
     for done in races:
         append_csv(cleaned, done)
-    cleaned.replace(table)
+    if races:
+        cleaned.replace(table)
+    else:
+        table.unlink()
     return races
 
 
@@ -137,30 +141,36 @@ def run(options: argparse.Namespace, table: Path, races: list[Race]) -> None:
             bar.write(races[-1].line())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+def measure_and_report(options: argparse.Namespace) -> None:
     if options.resume is None:
-        stem = stem_of("blocks", options)
-        beside(stem, ".csv").unlink(missing_ok=True)
+        stem, under = stem_of("blocks", options), conditions()
+        table = beside(stem, ".csv")
+        if table.exists():
+            raise SystemExit(f"{shown(stem, '.csv')} is there already: --resume it or name another")
         write_notes(stem, ["interrupted"])
         races: list[Race] = []
     else:
-        stem = options.resume.with_suffix("")
-        try:
-            races = resumed(stem)
-        except ValueError as error:
-            raise SystemExit(f"cannot resume: {error}") from error
-    machine = conditions()["machine"]
-    print(f"{machine}\ntable: {shown(stem, '.csv')}")
+        table, stem = options.resume, options.resume.with_suffix("")
+        under = read_conditions(stem)
+        if options.report:
+            races = read_csv(table)
+        else:
+            check_conditions(stem, under)
+            races = resumed(table)
+    print(f"{under['machine']}\ntable: {shown(stem, '.csv')}")
     if not options.report:
-        run(options, beside(stem, ".csv"), races)
+        run(options, table, races)
     summary = summarise(races)
-    write_notes(stem, summary)
-    write_markdown(beside(stem, ".md"), races, machine)
-    plot(beside(stem, ".png"), races, machine)
+    write_notes(stem, summary, under=under)
+    write_markdown(beside(stem, ".md"), races, under["machine"])
+    plot(beside(stem, ".png"), races, under["machine"])
     print("\n" + "\n".join(summary) + f"\nall figures: {shown(stem, '.*')}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    with threads(options.threads or torch.get_num_threads()):
+        measure_and_report(options)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.block_forms import precision
 from benchmarks.results import add_output_options, beside, shown, stem_of, write_notes
+from benchmarks.timing import threads
 from d3net.demo.plain import PlainD2Block
 from d3net.demo.separator import SmallSeparator
 from d3net.demo.training import Run
@@ -109,11 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_output_options(parser)
     options = parser.parse_args(arguments)
     stem = stem_of("curves", options)
-    torch.set_num_threads(options.threads)
-    losses = train(options.steps, options.seed)
-    summary = summarise(losses)
-    draw(beside(stem, ".png"), losses, f"seed {options.seed}, {describe_machine()}")
-    write_notes(stem, summary, seed=options.seed, losses=losses)
+    with threads(options.threads):
+        losses = train(options.steps, options.seed)
+        summary = summarise(losses)
+        draw(beside(stem, ".png"), losses, f"seed {options.seed}, {describe_machine()}")
+        write_notes(stem, summary, seed=options.seed, losses=losses)
     print("\n".join([*summary, f"picture and losses: {shown(stem, '.*')}"]))
 
 

@@ -9,7 +9,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,15 +67,20 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "none"
 
 
-def write_notes(stem: Path, summary: Sequence[str], **more: object) -> None:
-    """The JSON file of a run: its conditions, the time of writing, the summary, and ``more``."""
-    notes = {**conditions(), "when": time.strftime("%Y-%m-%d %H:%M:%S"), "summary": list(summary)}
-    beside(stem, ".json").write_text(json.dumps({**notes, **more}, indent=2) + "\n")
+def write_notes(
+    stem: Path, summary: Sequence[str], *, under: Mapping[str, str] | None = None, **more: object
+) -> None:
+    """The JSON file of a run: its conditions (those of now, or `under` earlier ones), when it was
+    written, the summary, and ``more``."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S")
+    notes = {**(under or conditions()), "when": when, "summary": list(summary), **more}
+    beside(stem, ".json").write_text(json.dumps(notes, indent=2) + "\n")
 
 
-def read_notes(stem: Path) -> dict[str, object]:
-    notes: dict[str, object] = json.loads(beside(stem, ".json").read_text())
-    return notes
+def read_conditions(stem: Path) -> dict[str, str]:
+    """What was noted down of `conditions` when the run began."""
+    notes = json.loads(beside(stem, ".json").read_text())
+    return {name: str(notes.get(name)) for name in conditions()}
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:

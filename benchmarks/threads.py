@@ -29,7 +29,7 @@ from benchmarks.results import (
     verdict_lines,
     write_notes,
 )
-from benchmarks.timing import seconds_of, time_in_turns
+from benchmarks.timing import seconds_of, threads, time_in_turns
 
 # Four scales of D3Net-S, and the vocals network at its largest and its smallest maps.
 BLOCKS = (
@@ -48,14 +48,11 @@ def seconds_by_threads(call: Callable[[], object], rounds: int) -> dict[int, flo
     samples: dict[int, list[float]] = {1: [], everything: []}
     call()
     times = max(1, round(SHORTEST / seconds_of(call, 1)))
-    try:
-        for _ in range(rounds):
-            for number, taken in samples.items():
-                torch.set_num_threads(number)
-                call()  # the threads wake up
+    for _ in range(rounds):
+        for number, taken in samples.items():
+            with threads(number):
+                call()  # they wake up
                 taken.append(seconds_of(call, times))
-    finally:
-        torch.set_num_threads(everything)
     return {number: statistics.median(taken) for number, taken in samples.items()}
 
 
