@@ -1,4 +1,4 @@
-"""What a run of ``benchmarks.blocks`` comes to: issue-sized targets, and a table of all blocks."""
+"""What a run of ``benchmarks.blocks`` comes to: the targets, met or missed, and all blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.block_race import Race
 from benchmarks.forms import OURS
-from benchmarks.results import Verdict, geometric_mean, ratio_line, verdict_lines
+from benchmarks.records import Verdict, geometric_mean, ratio_line, verdict_lines
 
 # Geometric means over all blocks, by precision: eval, training step.
 MEANS = {"high": (3.0, 2.5), "highest": (2.0, 1.7)}

@@ -25,7 +25,7 @@ from benchmarks.block_forms import MODES, BlockShape, load_blocks
 from benchmarks.block_plot import plot
 from benchmarks.block_race import HEADER, Race, append_csv, race, read_csv
 from benchmarks.block_report import summarise, write_markdown
-from benchmarks.results import (
+from benchmarks.records import (
     add_output_options,
     beside,
     conditions,

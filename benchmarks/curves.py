@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.block_forms import precision
-from benchmarks.results import add_output_options, beside, shown, stem_of, write_notes
+from benchmarks.records import add_output_options, beside, shown, stem_of, write_notes
 from benchmarks.timing import threads
 from d3net.demo.plain import PlainD2Block
 from d3net.demo.separator import SmallSeparator

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import d3net_kernels as dk
 from benchmarks.forms import LAYOUTS
-from benchmarks.results import SCRATCH
+from benchmarks.records import SCRATCH
 from benchmarks.shapes import Shape, load_shapes, spread
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.forms import LAYOUTS, OURS, candidates
-from benchmarks.results import (
+from benchmarks.records import (
     add_output_options,
     beside,
     ratio_line,

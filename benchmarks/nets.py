@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import d3net
 from benchmarks.block_forms import computed_by, forms_of, precision
 from benchmarks.forms import LAYOUTS, OURS
-from benchmarks.results import (
+from benchmarks.records import (
     Verdict,
     add_output_options,
     beside,
@@ -188,9 +189,10 @@ def memory_here(task: Task) -> Figures:
 
 
 def memory_apart(task: Task) -> Figures:
-    """The same in a new process."""
+    """The same in a new process with as many threads."""
     command = [sys.executable, "-m", "benchmarks.nets", "--task", json.dumps(asdict(task))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return Figures(**json.loads(done.stdout.splitlines()[-1]))
 
 

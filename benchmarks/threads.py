@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.block_forms import MODES, BlockShape, Call, forms_of, load_blocks, precision
 from benchmarks.forms import OURS
-from benchmarks.results import (
+from benchmarks.records import (
     Verdict,
     add_output_options,
     beside,

@@ -19,12 +19,12 @@ pytest.importorskip("matplotlib", reason="pip install 'd3net-kernels[bench]'")
 
 import d3net
 import d3net_kernels as dk
-from benchmarks import blocks, curves, nets, results, threads, timing
+from benchmarks import blocks, curves, nets, records, threads, timing
 from benchmarks.block_forms import BlockShape, computed_by, forms_of, load_blocks
 from benchmarks.block_race import Race, append_csv, entrants, read_csv
 from benchmarks.block_report import SELECTED, targets
 from benchmarks.forms import OURS
-from benchmarks.results import Verdict
+from benchmarks.records import Verdict
 
 SHAPE = BlockShape(5, 3, 3, 2, 9, 11, ("d3net_s", "d3net_l"))
 KEYS = [("ours", "NCHW"), ("ours", "channels_last")] + [
@@ -253,8 +253,8 @@ def test_blocks_resume_under_the_same_conditions_only(
     blocks.main([*SMALLEST, "--out", str(tmp_path)])
     (table,) = tmp_path.glob("*.csv")
     notes = json.loads(table.with_suffix(".json").read_text())
-    other = {**results.conditions(), "machine": "another one"}
-    for module in (blocks, results):
+    other = {**records.conditions(), "machine": "another one"}
+    for module in (blocks, records):
         monkeypatch.setattr(module, "conditions", lambda: other)
     with pytest.raises(SystemExit, match="cannot resume"):
         blocks.main(["--resume", str(table)])
