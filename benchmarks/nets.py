@@ -247,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = Task(**{**fields, "input_shape": tuple(fields["input_shape"])})
         print(json.dumps(asdict(memory_here(task))))
         return
+    if options.rounds < 2:  # with one, trials could not be told from the race
+        parser.error(f"--rounds is {options.rounds}; accepted are 2 and more")
     modes = [mode for mode in ("eval", "train") if getattr(options, mode)] or ["eval", "train"]
     runs = [
         run

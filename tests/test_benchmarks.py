@@ -290,7 +290,7 @@ def test_curves(tmp_path: Path) -> None:
 
 
 def test_networks_in_eval(tmp_path: Path) -> None:
-    nets.main(["--quick", "--only", "s_fcn", "--eval", "--rounds", "1", "--out", str(tmp_path)])
+    nets.main(["--quick", "--only", "s_fcn", "--eval", "--rounds", "2", "--out", str(tmp_path)])
     (table,) = tmp_path.glob("*.csv")
     rows = list(csv.DictReader(table.open()))
     assert {row["form"] for row in rows} == set(forms_of("eval"))
