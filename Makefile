@@ -19,7 +19,7 @@ export D3NET_KERNELS_REQUIRE_BINARY := 1
 help:
 	@echo "make demo    train a small separator on a real song, plain torch against fused (minutes)"
 	@echo "make test    the tests, without those marked slow"
-	@echo "make bench   time networks, D2 blocks and layers against every form of plain torch (40 min)"
+	@echo "make bench   time networks, D2 blocks and layers against every form of plain torch (half an hour)"
 	@echo "make gpu-report   what the GPU kernels need and do, without a GPU, against their budget"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make clean   remove what was built; .venv stays"
