@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "tile_pass.h"
+#include "packed_weights.h"
 
 namespace d3net::cpu::D3NET_ISA {
 
@@ -23,7 +23,6 @@ inline bool prefers_tiles(const Problem& p, const View& out) {
 
 inline void tile_forward(const Problem& p, const float* bias, const View& out) {
   using Pass = TilePass<float, float, float>;
-  static thread_local Scratch memory;
   std::vector<Pass> passes;
   int64_t channel = 0;
   for (int64_t i = 0; i < p.num_sources; ++i) {
@@ -33,7 +32,8 @@ inline void tile_forward(const Problem& p, const float* bias, const View& out) {
                   p.kernel_h, p.kernel_w, source.dilation_h, source.dilation_w};
     pass.plan = plan_pass(pass.shape, Precision::highest, false, {kLanes<float>, kVectorRegisters});
     const View& x = source.x;
-    pass.input.x = {static_cast<const float*>(x.data), x.stride_n, x.stride_h, x.stride_w};
+    pass.input.parts.add({static_cast<const float*>(x.data), x.stride_n, x.stride_h, x.stride_w},
+                         source.channels);
     pass.input.psi = Activation<float>{static_cast<const float*>(p.psi.scale),
                                        static_cast<const float*>(p.psi.shift), p.psi.relu}
                          .from_channel(channel);
@@ -46,14 +46,12 @@ inline void tile_forward(const Problem& p, const float* bias, const View& out) {
     pass.accumulate = i > 0;
     channel += source.channels;
   }
-  const std::vector<int64_t> offsets = packed_offsets(passes);
-  const Borrowed<float> packed(memory, offsets.back());
+  PackedWeights<Pass> packed(passes, false);
   Crew::run([&](Crew::Worker& worker) {
-    pack_all(worker, passes, offsets, packed.get());
+    packed.prepare(worker);
     for (size_t i = 0; i < passes.size(); ++i)
-      worker.each(passes[i].tasks(), [&](int64_t task, int64_t next) {
-        passes[i].run(task, next, packed.get() + offsets[i]);
-      });
+      worker.each(passes[i].tasks(),
+                  [&](int64_t task, int64_t next) { passes[i].run(task, next, packed.of(i)); });
   });
 }
 
