@@ -7,7 +7,7 @@ a source, as in the official networks, and no norm="per_layer".
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,8 +132,12 @@ def computed_by(form: Form) -> Iterator[None]:
     """Every D2Block called inside is computed by `form`, and around a form of plain torch all else
     by plain torch too."""
 
-    def block(x: Tensor, params: D2Params, *, process_group: Processes, **options: Any) -> Tensor:
+    def block(
+        x: Tensor | Sequence[Tensor], params: D2Params, *, process_group: Processes, **options: Any
+    ) -> Tensor:
         assert process_group is None
+        if form is not dk.d2_block and not isinstance(x, Tensor):
+            x = torch.cat(list(x), 1) if len(x) > 1 else x[0]
         return form(x, params, **options)
 
     backend = nullcontext() if form is dk.d2_block else dk.use_backend("reference")
