@@ -423,7 +423,7 @@ __device__ void Block<Tr>::finish_backward() {
   static_assert(kColumns / kPixelsALoad == 16);
   const Job job = *job_;
   const int first = warp * 2 + lane / 16, vector = lane % 16 * kPixelsALoad;
-  const bool through_psi = p_.scale || p_.relu;
+  const bool relu = p_.relu, through_psi = p_.scale || relu;
   auto at = [&](const View& v) {
     return static_cast<T*>(v.data) +
            (v.data ? direct::offset_of(v, n_, first, row_, column_ + vector) : 0);
@@ -447,7 +447,7 @@ __device__ void Block<Tr>::finish_backward() {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float v = element<T>(pixels, e);
-          const bool cut = p_.relu && fmaf(v, scale, shift) <= 0;  // NaN passes
+          const bool cut = relu & (fmaf(v, scale, shift) <= 0);  // NaN passes; no branch
           gradient[e] = cut ? 0.f : gradient[e];
           to_scale = fmaf(gradient[e], v, to_scale);
           to_shift += gradient[e];
