@@ -28,7 +28,6 @@ class WeightBlock {
 
   __device__ void run() {
     const int part = blockIdx.x / p_.num_jobs;
-    zero_unused_outputs();
     if (stages()) psi_.load(p_.coefficients, job_.chunk, half());
     const int64_t walks = int64_t{p_.batch} * p_.tiles_w * job_.remainders;
     const int64_t steps = job_.live ? walks * job_.steps : 0;
@@ -116,7 +115,8 @@ class WeightBlock {
     return ring_ + 2 * kRingHalf * 16 + (step & 1) * 8 * N * kGradientPitch;
   }
 
-  /// A step's rows of the gradient to shared memory, zeros right of the map.
+  /// A step's rows of the gradient to shared memory, zeros right of the map. What is missing from
+  /// the last tile of 8 outputs stays as it is: nobody reads its sums.
   __device__ void copy_gradient(int step) const {
     if (threadIdx.x >= kStaging) {
       if (p_.wide_loads)
@@ -148,14 +148,6 @@ class WeightBlock {
       if (inside) from += apart * g.stride_c;
       to += apart * kGradientPitch;
     }
-  }
-
-  /// The last tile of 8 outputs may have fewer: nobody copies the others.
-  __device__ void zero_unused_outputs() const {
-    constexpr int slots = kGradientPitch / 16;
-    for (int i = job_.outputs * slots + threadIdx.x; i < 8 * N * slots; i += kWeightThreads)
-      for (int step = 0; step < 2; ++step)
-        ptx::store_16_bytes(gradient_buffer(step) + i * 16, {0, 0, 0, 0});
   }
 
   /// sums_ += the step's rows of the gradient times the rows of psi(x) under the row of taps.
