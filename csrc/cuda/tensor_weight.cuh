@@ -138,8 +138,8 @@ class WeightBlock {
     const T* from = static_cast<const T*>(g.data);
     if (inside)
       from += n_ * g.stride_n + (job_.first_output + first) * g.stride_c + h * g.stride_h + w;
-    uint32_t to = gradient_buffer(step) + first * kGradientPitch +
-                  (row * kColumns + vector * kPixels) * 2;
+    uint32_t to =
+        gradient_buffer(step) + first * kGradientPitch + (row * kColumns + vector * kPixels) * 2;
     for (int k = first; k < job_.outputs; k += apart) {
       if constexpr (kPixels == 8)
         ptx::copy_async_16(to, from, inside ? 16 : 0);
@@ -159,14 +159,12 @@ class WeightBlock {
     const int in_ring = kWeightRows * step + row + tap_row * min(job_.row_dilation, kWeightRows);
     const int lane = threadIdx.x % 32;
     // Matrices of a fragment of psi(x): {channels low, high} x {pixels low, high}, transposed.
-    const uint32_t pixels = ring_ + (lane / 8 % 2 * kRingHalf +
-                                     (in_ring & (kRingRows - 1)) * kRingPitch +
-                                     (job_.taps == 1 ? 0 : -job_.column) + lane / 16 * 8 +
-                                     lane % 8) *
-                                        16;
+    const uint32_t pixels =
+        ring_ + (lane / 8 % 2 * kRingHalf + (in_ring & (kRingRows - 1)) * kRingPitch +
+                 (job_.taps == 1 ? 0 : -job_.column) + lane / 16 * 8 + lane % 8) *
+                    16;
     // Of the gradient: {pixels low, high} x {outputs of two tiles}.
-    const uint32_t gradient = gradient_buffer(step) +
-                              (lane / 16 * 8 + lane % 8) * kGradientPitch +
+    const uint32_t gradient = gradient_buffer(step) + (lane / 16 * 8 + lane % 8) * kGradientPitch +
                               (row * kColumns + lane / 8 % 2 * 8) * 2;
     with_number<N>((job_.outputs + 7) / 8 - 1, [&](auto last) {
       constexpr int tiles = last.value + 1;
@@ -241,14 +239,13 @@ class WeightBlock {
           const int k = j * 8 + lane % 4 * 2 + e % 2, channel = lane / 4 + e / 2 * 8;
 #pragma unroll
           for (int tap = 0; tap < 3; ++tap)
-            if (tap < taps)
-              add(k * pitch + (channel * 3 + tap_row) * taps + tap, sums_[tap][j][e]);
+            if (tap < taps) add(k * pitch + (channel * 3 + tap_row) * taps + tap, sums_[tap][j][e]);
           if (tap_row == 1 && channel == 0) add(k * pitch + pitch - 1, sums_[3][j][e]);
         }
     }
     __syncthreads();
-    float* to = p_.partial + (static_cast<int64_t>(part) * p_.outputs + job_.first_output) *
-                                 p_.columns;
+    float* to =
+        p_.partial + (static_cast<int64_t>(part) * p_.outputs + job_.first_output) * p_.columns;
     const int values = job_.channels * 3 * taps;
     for (int k = warp; k < job_.outputs; k += kWeightWarps) {
       float* row = to + k * p_.columns;
