@@ -153,11 +153,12 @@ def weight_gradient_is_right(problem: Problem, module: Module) -> bool:
 
 @pytest.mark.parametrize("bug", [NO_BUG, *WEIGHT_BUGS], ids=lambda bug: bug.name)
 def test_bug_of_the_weight_gradient_is_caught(generator: torch.Generator, bug: Bug) -> None:
-    """Walks of several remainders, of which one is cut, and several walks a block."""
+    """Walks of several remainders, of which one is cut, and several walks a block, each of an odd
+    number of steps: the last one shares memory with the first of the next."""
     problem = numerics.random_problem(
         (16, 9),
         7,
-        (2, 11, 76),
+        (2, 13, 76),
         generator=generator,
         dilations=(1, 3),
         dtype=torch.bfloat16,
