@@ -28,6 +28,11 @@ TENSOR = KernelSource(
     "tensor_impl.cuh",
     "D3NET_TENSOR_KERNEL(tensor_forward_relu_1x8_bfloat16, d3net::cuda::bfloat16, 1, 8, true)",
 )
+WEIGHT = KernelSource(
+    "tensor_weight_relu_bfloat16",
+    "tensor_weight_impl.cuh",
+    "D3NET_TENSOR_WEIGHT_KERNEL(tensor_weight_relu_bfloat16, d3net::cuda::bfloat16, true)",
+)
 DIRECT = tuple(
     KernelSource(name, file)
     for file, names in {
@@ -117,6 +122,24 @@ def test_tensor_kernel_is_clean(
 ) -> None:
     launched = FromSource((TENSOR,), sanitizer, order=order, cp_async=cp_async)
     assert is_right(tensor_problem(generator), launched, {TENSOR.name})
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_weight_gradient_is_clean(generator: torch.Generator, sanitizer: str) -> None:
+    """Several walks a block, cut at the map's border and between remainders."""
+    problem = numerics.random_problem(
+        (12,),
+        7,
+        (1, 7, 68),
+        generator=generator,
+        dilations=(3,),
+        dtype=torch.bfloat16,
+        psi_dtype=torch.float32,
+    )
+    for name, t in problem.tensors().items():
+        t.requires_grad_(name in ("weight", "bias"))
+    launched = FromSource((WEIGHT,), sanitizer, order="random", cp_async="early")
+    assert is_right(problem, launched, {WEIGHT.name})
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
