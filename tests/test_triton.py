@@ -143,7 +143,7 @@ def test_patch_columns(height: int, width: int) -> None:
 def test_cache_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.json"
     assert configs.read(path) == {}
-    tuned = {"forward/bfloat16/40": configs.Config(128, 32, 4, 2)}
+    tuned = {"forward/bfloat16/48": configs.Config(128, 32, 4, 2)}
     configs.write(path, tuned)
     assert configs.read(path) == tuned
     configs.write(path, {})
@@ -158,10 +158,10 @@ def test_cache_round_trip(tmp_path: Path) -> None:
         "{",
         "[]",
         "\x00\x01",
-        '{"forward/bfloat16/40": {"pixels": 128}}',
-        '{"forward/bfloat16/40": {"pixels": 100, "channels": 16, "warps": 4, "stages": 2}}',
-        '{"forward/bfloat16/40": {"pixels": 128, "channels": 16, "warps": 4, "stages": "2"}}',
-        '{"forward/bfloat16/40": {"pixels": 128, "channels": -16, "warps": 4, "stages": 2}}',
+        '{"forward/bfloat16/48": {"pixels": 128}}',
+        '{"forward/bfloat16/48": {"pixels": 100, "channels": 16, "warps": 4, "stages": 2}}',
+        '{"forward/bfloat16/48": {"pixels": 128, "channels": 16, "warps": 4, "stages": "2"}}',
+        '{"forward/bfloat16/48": {"pixels": 128, "channels": -16, "warps": 4, "stages": 2}}',
     ],
 )
 def test_damaged_cache(text: str, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_tuned_configuration_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     device = torch.device("cuda", 7)
     monkeypatch.setattr(configs, "cache_file", lambda _: tmp_path / "file.json")
     key = configs.Key("forward", "sm_90", torch.bfloat16, 36)
-    assert key.name == "forward/bfloat16/40"
+    assert key.name == "forward/bfloat16/48"
     numbers = {"pixels": 256, "channels": 32, "warps": 8, "stages": 2}
     (tmp_path / "file.json").write_text(json.dumps({key.name: numbers}))
     configs.tuned.cache_clear()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 KERNELS = ("forward", "backward_data", "backward_weight")
+GRAIN = 16  # channels that the weight gradient's workspaces fill sources up to
 _SHARED = 32  # a program's common work, in outputs: what reading a pixel for all of them is worth
 _WAVES = 4  # programs a multiprocessor should get of the weight gradient, where rows allow it
 
@@ -56,7 +57,7 @@ class Key(NamedTuple):
         return f"{self.kernel}/{dtype}/{_BUCKETS[self.bucket]}"
 
 
-_BUCKETS = (16, 40, 80)  # outputs of a program, up to
+_BUCKETS = (16, 48, 96)  # outputs of a program, up to
 
 # Chosen by spills, counted traffic and instructions: no spills on sm_80 and sm_90 (see tests/gpu).
 _INTERPRETER = {
@@ -67,9 +68,9 @@ _INTERPRETER = {
 # By the bytes of an element, the kernel, and the bucket of outputs.
 _SHIPPED = {
     2: {
-        "forward": (Config(128, 16, 4, 3), Config(128, 16, 4, 3), Config(128, 16, 8, 3)),
-        "backward_data": (Config(128, 16, 4, 3), Config(128, 16, 4, 3), Config(128, 16, 8, 3)),
-        "backward_weight": (Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+        "forward": (Config(256, 16, 2, 3), Config(128, 16, 2, 3), Config(128, 16, 4, 3)),
+        "backward_data": (Config(256, 16, 2, 3), Config(128, 16, 2, 3), Config(128, 16, 4, 3)),
+        "backward_weight": (Config(64, 64, 2, 2), Config(64, 64, 2, 2), Config(64, 64, 4, 2)),
     },
     4: {
         "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(64, 16, 4, 2)),
