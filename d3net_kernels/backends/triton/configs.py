@@ -112,6 +112,11 @@ def output_blocks(groups: Sequence[int], largest: int = 64) -> tuple[int, int]:
     return min(((b, r) for b in powers for r in (0, *powers) if r < b), key=cost)
 
 
+def channels_block(config: Config, groups: Sequence[int]) -> int:
+    """Channels of a program of the weight gradient: no more than the largest source fills."""
+    return min(config.channels, max(GRAIN, 1 << (max(groups) - 1).bit_length()))
+
+
 def patch_columns(height: int, width: int, pixels: int) -> int:
     """How wide a patch of `pixels` is that covers a map with the fewest padded ones."""
 

@@ -143,11 +143,12 @@ def backward_weight(
     outputs, _, *taps = weight.shape
     pieces = configs.output_blocks([outputs])
     config = call.config("backward_weight", sum(pieces))
+    channels_block = configs.channels_block(config, [view.channels for view in call.views])
     output_blocks = -(-outputs // sum(pieces))
     padded = output_blocks * sum(pieces)
     prepared = call.prepare(configs.GRAIN)
     prepared_grad = prepare([grad_output], configs.GRAIN, padded)
-    sources, blocks = call.sources(config.channels, range(len(inputs)), prepared.starts)
+    sources, blocks = call.sources(channels_block, range(len(inputs)), prepared.starts)
     programs = blocks * taps[0] * taps[1]
     slabs = configs.slabs(inputs[0].device, programs * output_blocks, call.batch * call.height)
     partial = call.accumulators(slabs, *taps, weight.shape[1], padded)
@@ -169,7 +170,7 @@ def backward_weight(
         *call.radii,
         WIDE=need_wide_offsets([prepared.image, prepared_grad.image]),
         COLUMNS=configs.patch_columns(call.height, call.width, config.pixels),
-        CHANNELS_BLOCK=config.channels,
+        CHANNELS_BLOCK=channels_block,
         GRAIN=configs.GRAIN,
     )
     grad_weight = partial.sum(0)[..., :outputs].permute(3, 2, 0, 1)
