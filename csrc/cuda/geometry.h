@@ -156,29 +156,58 @@ struct TensorConvolve {
   int64_t partial_channels;
 };
 
-constexpr int kWeightRows = 4;  // of a tile of the weight gradient, one a warp
+// The weight gradient: a block walks down the map, kWeightRows rows of the gradient a step.
+constexpr int kWeightRows = 2;
+constexpr int kWeightWarps = 3 * kWeightRows;  // one for each row of taps and row of a step
+constexpr int kWeightThreads = 32 * kWeightWarps;
+// Its staged source: the rows of a step, of the one before, the one after, and the one that is
+// being loaded, in slots as above.
+constexpr int kRingRows = 4 * kWeightRows;
+constexpr int kRingPitch = kColumns + 2 * kWidestBand + 2;  // 2 modulo 8
+constexpr int kRingHalf = kRingRows * kRingPitch + 1;       // 1 modulo 8
+static_assert(kRingPitch % 8 == 2 && kRingHalf % 8 == 1);
+/// Bytes of an output in the staged gradient: odd in slots, so that ldmatrix has no conflicts.
+constexpr int kGradientPitch = kWeightRows * kColumns * 2 + 16;
 
-/// Dynamic shared memory of the weight gradient: two tiles of a source and of the gradient.
+/// Dynamic shared memory: the source's rows, two steps of the gradient.
 constexpr int weight_shared_bytes() {
-  return 2 * (16 * most_slots(kWeightRows) + 8 * kMostTiles * (kWeightRows * kColumns * 2 + 16));
+  constexpr int pipeline = 2 * 16 * kRingHalf + 2 * 8 * kMostTiles * kGradientPitch;
+  static_assert(pipeline >= 8 * kMostTiles * (9 * kChunk + 1) * 4, "the sums pass it at the end");
+  return pipeline;
 }
 
-/// What a block of the weight gradient sums: one row of taps of a stage's channels.
+/// What a block of the weight gradient sums: some channels of a source and some outputs, over all
+/// rows of taps.
+///
+/// Rows are walked in steps of the dilation: those of one remainder are a walk of its own, in which
+/// every row is staged once and serves all three rows of taps.
 struct WeightJob {
-  int32_t stage;
-  int32_t taps;  // 3, or 1 of a dilation too wide for a band
-  int32_t live;  // 0: they see padding only, their gradient is zero
-  int32_t bias;  // 1: this block also sums the gradient itself
+  const void* data;  // the first channel
+  int64_t stride_n, stride_c, stride_h;
+  int64_t first_column;  // of the result: the first channel's first tap
+  int32_t channels;      // up to kChunk
+  int32_t chunk;         // for psi's coefficients
+  int32_t taps;          // of a row: 3, or 1 of a dilation too wide for a band
+  int32_t dilation;      // of the columns; 0 for a single tap
+  int32_t column;        // where the staged columns start, relative to the tile
+  int32_t columns;       // staged, a multiple of 8
+  int32_t row_dilation;  // 0: the outer rows of taps see padding only
+  int32_t stride;        // of a walk, in rows
+  int32_t remainders;    // walks of a column of tiles
+  int32_t steps;         // of a walk
+  int32_t live;          // 0: the taps see padding only, their gradient is zero
+  int32_t bias;          // 1: this block also sums the gradient itself
   int32_t first_output, outputs;
-  int64_t first_column;  // of the first channel and tap
 };
 
 /// First stage of the weight gradient on tensor cores.
 struct TensorWeightGradient {
-  TensorConvolve map;  // stages, coefficients and sizes
-  View gradient;
   const WeightJob* jobs;
-  int32_t num_jobs, num_tiles, parts;
+  int32_t num_jobs, parts;
+  int32_t batch, height, width, tiles_w;
+  View gradient;
+  bool wide_loads;  // the gradient is aligned to 16 bytes
+  const float* coefficients;
   int32_t outputs;
   int64_t columns;
   float* partial;  // [part][outputs][columns]

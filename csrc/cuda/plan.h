@@ -119,9 +119,18 @@ inline void append_stages(std::vector<Stage>& to, Stage stage, int64_t dilation_
     }
 }
 
-/// Parts of the map for the tensor-core weight gradient: two blocks a multiprocessor over all jobs.
-inline int64_t tensor_gradient_parts(int64_t jobs, int64_t tiles, const Arch& arch) {
-  return std::clamp<int64_t>(divide_up(int64_t{2} * arch.multiprocessors, jobs), 1, tiles);
+/// Sizes of the walks of a weight gradient over a map of that height.
+inline void set_walks(WeightJob& job, int64_t dilation, int64_t height) {
+  const int64_t d = dilation < height ? dilation : 0;
+  job.row_dilation = static_cast<int32_t>(d);
+  job.stride = static_cast<int32_t>(std::max<int64_t>(d, kWeightRows));
+  job.remainders = static_cast<int32_t>(divide_up(job.stride, kWeightRows));
+  job.steps = static_cast<int32_t>(divide_up(height, job.stride));
+}
+
+/// Parts of the map for the tensor-core weight gradient: as many as fill the device in one wave.
+inline int64_t tensor_gradient_parts(int64_t jobs, int64_t steps, const Arch& arch) {
+  return std::clamp<int64_t>(int64_t{2} * arch.multiprocessors / jobs, 1, steps);
 }
 
 }  // namespace d3net::cuda

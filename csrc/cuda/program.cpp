@@ -47,6 +47,12 @@ Weight transposed(const Problem& p, const Weight& w) {
           -w.stride_h, -w.stride_w};
 }
 
+/// Whether every row of a 16-bit map starts at a multiple of 16 bytes.
+bool aligned_to_16_bytes(const View& v) {
+  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.stride_h % 8 == 0 &&
+         v.stride_c % 8 == 0 && v.stride_n % 8 == 0;
+}
+
 /// What all convolution kernels take of a problem.
 template <class Params>
 Params params_of(Device& device, const Problem& p, const Coefficients& c) {
@@ -151,10 +157,7 @@ class TensorConvolutions {
     params.width = static_cast<int32_t>(p_.width);
     params.weights = pack.weights, params.coefficients = pack.coefficients;
     params.wide_stores = p_.width % 8 == 0;
-    for (const Job& job : jobs_)
-      params.wide_stores &= reinterpret_cast<uintptr_t>(job.out.data) % 16 == 0 &&
-                            job.out.stride_h % 8 == 0 && job.out.stride_c % 8 == 0 &&
-                            job.out.stride_n % 8 == 0;
+    for (const Job& job : jobs_) params.wide_stores &= aligned_to_16_bytes(job.out);
     kernel += "_" + std::to_string(tile_.tiles) + "x" + std::to_string(tile_.rows);
     launch(device, kernel + suffix_of(p_.dtype), blocks_of_map() * params.num_jobs, 32 * kWarps,
            params, tensor_shared_bytes(tile_.tiles, tile_.rows));
@@ -190,8 +193,8 @@ class TensorConvolutions {
   std::vector<Chunk> chunks_;
 };
 
-/// The weight gradient on tensor cores: a job for every chunk of channels, row of taps (or tap,
-/// where the dilation is wide) and block of outputs.
+/// The weight gradient on tensor cores: a job for every chunk of channels, column of taps where the
+/// dilation is wide, and block of outputs.
 class TensorWeightJobs {
  public:
   explicit TensorWeightJobs(const Problem& p) : p_(p) {
@@ -210,7 +213,6 @@ class TensorWeightJobs {
     PackChunks pack{};
     Tables tables;
     tables.add(chunks_, &pack.chunks);
-    tables.add(stages_, &params.map.stages);
     tables.add(jobs_, &params.jobs);
     tables.upload(device);
     pack.num_chunks = static_cast<int64_t>(chunks_.size());
@@ -221,15 +223,17 @@ class TensorWeightJobs {
     pack.weights = device.allocate(size * 2);
     pack.coefficients = static_cast<float*>(device.allocate(pack.num_chunks * 32 * 4));
     launch(device, "pack_weight_chunks", divide_up(size, kThreads), kThreads, pack);
-    params.map.coefficients = pack.coefficients;
-    params.map.tiles_h = static_cast<int32_t>(divide_up(p_.height, kWeightRows));
-    params.map.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
-    params.map.height = static_cast<int32_t>(p_.height);
-    params.map.width = static_cast<int32_t>(p_.width);
+    params.coefficients = pack.coefficients;
+    params.batch = static_cast<int32_t>(p_.batch);
+    params.height = static_cast<int32_t>(p_.height);
+    params.width = static_cast<int32_t>(p_.width);
+    params.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
     params.gradient = gradient;
+    params.wide_loads = p_.width % 8 == 0 && aligned_to_16_bytes(gradient);
     params.num_jobs = static_cast<int32_t>(jobs_.size());
-    params.num_tiles = static_cast<int32_t>(p_.batch) * params.map.tiles_h * params.map.tiles_w;
-    *parts = tensor_gradient_parts(params.num_jobs, params.num_tiles, device.arch());
+    *parts = tensor_gradient_parts(params.num_jobs,
+                                   p_.batch * params.tiles_w * divide_up(p_.height, kWeightRows),
+                                   device.arch());
     params.parts = static_cast<int32_t>(*parts);
     params.outputs = static_cast<int32_t>(p_.out_channels);
     params.columns = p_.in_channels * 9 + 1;
@@ -237,52 +241,45 @@ class TensorWeightJobs {
         static_cast<float*>(device.allocate(*parts * p_.out_channels * params.columns * 4));
     launch(device,
            std::string(p_.psi.relu ? "tensor_weight_relu" : "tensor_weight") + suffix_of(p_.dtype),
-           *parts * params.num_jobs, 32 * kWarps, params, weight_shared_bytes());
+           *parts * params.num_jobs, kWeightThreads, params, weight_shared_bytes());
     return params.partial;
   }
 
  private:
   void append_chunk(const Source& source, int64_t channel, int64_t in) {
-    const auto channels = static_cast<int32_t>(std::min<int64_t>(kChunk, source.channels - in));
-    chunks_.push_back({p_.weight, channel, channels, 0});
-    const bool vertical = source.dilation_h < p_.height, horizontal = source.dilation_w < p_.width;
-    const bool band = source.dilation_w <= kWidestBand && horizontal;
-    const auto d = static_cast<int32_t>(horizontal ? source.dilation_w
-                                        : vertical ? source.dilation_h
-                                                   : 0);
-    const Kinds kinds = kinds_of(kWeightRows);
-    int kind = 0;
-    while (kinds.kind[kind].taps != (band ? Taps::row : Taps::one) ||
-           (band && kinds.kind[kind].halo != kinds.halo_for(d)))
-      ++kind;
-    for (int r = 0; r < 3; ++r)
-      for (int s = 0; s < (band ? 1 : 3); ++s) {
-        Stage stage{};
-        stage.kind = kind;
-        stage.channels = channels;
-        stage.row = (r - 1) * d;
-        stage.column = (band ? 0 : (s - 1) * d) - kinds.kind[kind].halo;
-        stage.dilation = d;
-        stage.chunk = static_cast<int32_t>(chunks_.size()) - 1;
-        stage.data = static_cast<const char*>(source.x.data) + 2 * in * source.x.stride_c;
-        stage.stride_n = source.x.stride_n, stage.stride_c = source.x.stride_c;
-        stage.stride_h = source.x.stride_h;
-        stages_.push_back(stage);
-        const bool live = (r == 1 || vertical) && (band || s == 1 || horizontal);
-        for (int64_t k = 0; k < p_.out_channels; k += 8 * kMostTiles) {
-          const bool bias = channel == 0 && r == 1 && s == (band ? 0 : 1);
-          jobs_.push_back(
-              {static_cast<int32_t>(stages_.size()) - 1, band ? 3 : 1, live, bias,
-               static_cast<int32_t>(k),
-               static_cast<int32_t>(std::min<int64_t>(8 * kMostTiles, p_.out_channels - k)),
-               channel * 9 + r * 3 + s});
-        }
+    WeightJob job{};
+    job.channels = static_cast<int32_t>(std::min<int64_t>(kChunk, source.channels - in));
+    job.chunk = static_cast<int32_t>(chunks_.size());
+    chunks_.push_back({p_.weight, channel, job.channels, 0});
+    job.data = static_cast<const char*>(source.x.data) + 2 * in * source.x.stride_c;
+    job.stride_n = source.x.stride_n, job.stride_c = source.x.stride_c;
+    job.stride_h = source.x.stride_h;
+    set_walks(job, source.dilation_h, p_.height);
+    const bool horizontal = source.dilation_w < p_.width;
+    const bool band = horizontal && source.dilation_w <= kWidestBand;
+    const int32_t d = horizontal ? static_cast<int32_t>(source.dilation_w) : 0;
+    job.taps = band ? 3 : 1;
+    job.dilation = band ? d : 0;
+    const int32_t halo = !band ? 0 : d <= kWidestBand / 2 ? kWidestBand / 2 : kWidestBand;
+    job.columns = kColumns + 2 * halo;
+    for (int s = 0; s < (band ? 1 : 3); ++s) {
+      job.column = band ? -halo : (s - 1) * d;
+      job.live = band || s == 1 || horizontal;
+      job.bias = channel == 0 && (band || s == 1);
+      job.first_column = channel * 9 + s;
+      // Blocks of outputs as equal as can be.
+      const int64_t blocks = divide_up(p_.out_channels, 8 * kMostTiles);
+      const int64_t most = round_up(divide_up(p_.out_channels, blocks), 8);
+      for (int64_t k = 0; k < p_.out_channels; k += most) {
+        job.first_output = static_cast<int32_t>(k);
+        job.outputs = static_cast<int32_t>(std::min<int64_t>(most, p_.out_channels - k));
+        jobs_.push_back(job);
       }
+    }
   }
 
   const Problem& p_;
   std::vector<Chunk> chunks_;
-  std::vector<Stage> stages_;
   std::vector<WeightJob> jobs_;
 };
 

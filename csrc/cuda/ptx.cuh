@@ -76,6 +76,18 @@ __device__ inline void store_16_bytes(uint32_t address, const uint32_t (&v)[4]) 
                : "memory");
 }
 
+/// The lower, or the upper, 16 bits of two words as neighbours.
+__device__ inline uint32_t low_halves(uint32_t first, uint32_t second) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(r) : "r"(first), "r"(second));
+  return r;
+}
+__device__ inline uint32_t high_halves(uint32_t first, uint32_t second) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, 0x7632;" : "=r"(r) : "r"(first), "r"(second));
+  return r;
+}
+
 /// Two floats, rounded, as neighbours; kRelu: negatives become 0, NaN stays.
 template <class T, bool kRelu>
 __device__ inline uint32_t pack_two(float low, float high) {
@@ -96,6 +108,11 @@ __device__ inline uint32_t pack_two(float low, float high) {
 
 __device__ inline void copy_async_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+/// Only the first `bytes` are read, the others are zeros.
+__device__ inline void copy_async_16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
 }
 /// 8 bytes of which the first `bytes` are read, the others are zeros.
 __device__ inline void copy_async_8(uint32_t to, const void* from, int bytes) {

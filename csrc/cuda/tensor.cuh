@@ -21,12 +21,15 @@ namespace d3net::cuda::tensor {
 
 constexpr int kThreads = 32 * kWarps;
 
-/// The numbers of one kernel: kTiles x 8 outputs, kRows rows; kRelu: psi ends in a ReLU.
-template <class T_, int kTiles_, int kRows_, bool kRelu_>
+/// What the staged pixels pass through.
+enum class Prologue { none, affine, affine_relu };
+
+/// The numbers of one kernel: kTiles x 8 outputs, kRows rows.
+template <class T_, int kTiles_, int kRows_, Prologue kPrologue_>
 struct Traits {
   using T = T_;
   static constexpr int kTiles = kTiles_, kRows = kRows_;
-  static constexpr bool kRelu = kRelu_;
+  static constexpr Prologue kPrologue = kPrologue_;
   static constexpr Kinds kKinds = kinds_of(kRows);
   static constexpr int kStageBytes = 16 * most_slots(kRows);
   static constexpr int kTapSlots = tap_slots(kTiles);
@@ -34,14 +37,75 @@ struct Traits {
   static_assert(kTiles <= kMostTiles, "plan.h splits more outputs into several jobs");
 };
 
-/// Calls f with the kind of that number as a compile-time constant.
-template <class Tr, class F, int... I>
-__device__ inline void with_kind(int number, F&& f, std::integer_sequence<int, I...>) {
+/// Calls f with the number, below kCount, as a compile-time constant.
+template <class F, int... I>
+__device__ inline void with_number(int number, F&& f, std::integer_sequence<int, I...>) {
   (void)((number == I && (f(std::integral_constant<int, I>{}), true)) || ...);
 }
-template <class Tr, class F>
-__device__ inline void with_kind(int number, F&& f) {
-  with_kind<Tr>(number, f, std::make_integer_sequence<int, Tr::kKinds.count>{});
+template <int kCount, class F>
+__device__ inline void with_number(int number, F&& f) {
+  with_number(number, f, std::make_integer_sequence<int, kCount>{});
+}
+
+/// psi's coefficients of half a chunk.
+struct HalfPsi {
+  float scale[8], shift[8];
+
+  __device__ void load(const float* coefficients, int chunk, int half) {
+    const float4* from = reinterpret_cast<const float4*>(coefficients + (chunk * 2 + half) * 16);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 a = __ldg(from + i), b = __ldg(from + 2 + i);
+      scale[4 * i] = a.x, scale[4 * i + 1] = a.y, scale[4 * i + 2] = a.z, scale[4 * i + 3] = a.w;
+      shift[4 * i] = b.x, shift[4 * i + 1] = b.y, shift[4 * i + 2] = b.z, shift[4 * i + 3] = b.w;
+    }
+  }
+};
+
+/// Pixel i of four neighbours.
+template <class T>
+__device__ inline float element(const uint2& four, int i) {
+  const uint32_t two = i < 2 ? four.x : four.y;
+  if constexpr (__is_same(T, bfloat16))
+    return __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
+  else
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(i % 2 ? two >> 16 : two)));
+}
+
+/// Four neighbours of up to 8 channels; zeros for channels that are not there.
+template <class T>
+__device__ inline void load_pixels(uint2 (&raw)[8], const T* from, int64_t stride_c, int channels) {
+#pragma unroll
+  for (int c = 0; c < 8; ++c, from += stride_c)
+    raw[c] = c < channels ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{0, 0};
+}
+
+/// psi of four neighbours of 8 channels to their slots: transposed.
+template <class T, Prologue kPrologue>
+__device__ inline void store_pixels(uint32_t to, const uint2 (&raw)[8], const HalfPsi& psi) {
+#pragma unroll
+  for (int pixel = 0; pixel < kPixelsALoad; ++pixel) {
+    uint32_t slot[4];
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) {
+      if constexpr (kPrologue == Prologue::none) {
+        const uint32_t low = pixel < 2 ? raw[c].x : raw[c].y;
+        const uint32_t high = pixel < 2 ? raw[c + 1].x : raw[c + 1].y;
+        slot[c / 2] = pixel % 2 ? ptx::high_halves(low, high) : ptx::low_halves(low, high);
+      } else {
+        slot[c / 2] = ptx::pack_two<T, kPrologue == Prologue::affine_relu>(
+            fmaf(element<T>(raw[c], pixel), psi.scale[c], psi.shift[c]),
+            fmaf(element<T>(raw[c + 1], pixel), psi.scale[c + 1], psi.shift[c + 1]));
+      }
+    }
+    ptx::store_16_bytes(to + pixel * 16, slot);
+  }
+}
+
+__device__ inline void store_zeros(uint32_t to) {
+#pragma unroll
+  for (int pixel = 0; pixel < kPixelsALoad; ++pixel)
+    ptx::store_16_bytes(to + pixel * 16, {0, 0, 0, 0});
 }
 
 template <class Tr>
@@ -87,7 +151,7 @@ class Block {
   __device__ void finish_forward();
   __device__ void finish_backward();
 
- protected:      // the weight gradient stages its source in the same way
+ private:
   struct Unit {  // kPixelsALoad pixels of one row that a thread loads, and their slot
     int row, column, slot;
     bool there;
@@ -116,30 +180,29 @@ class Block {
     return stage;
   }
 
+  template <class F>
+  __device__ static void with_kind(int number, F&& f) {
+    with_number<Tr::kKinds.count>(number, f);
+  }
+
   /// Pixels to registers.
   __device__ void load(int stage) {
-    const Stage& s = p_.stages[stage];
+    const Stage s = p_.stages[stage];
     const int half = threadIdx.x >> 1 & 1, channels = s.channels - 8 * half;
-    const T* from = static_cast<const T*>(s.data) + n_ * s.stride_n + 8 * half * s.stride_c;
-    const int64_t channel_bytes = s.stride_c * static_cast<int64_t>(sizeof(T));
-    with_kind<Tr>(s.kind, [&](auto k) {
+    const T* from = static_cast<const T*>(s.data) + n_ * s.stride_n + 8 * half * s.stride_c +
+                    (row_ + s.row) * s.stride_h + column_ + s.column;
+    with_kind(s.kind, [&](auto k) {
 #pragma unroll
       for (int pass = 0; pass < kPrefetch; ++pass) {
         const Unit u = unit<k.value>(pass);
         const int h = row_ + s.row + u.row, w = column_ + s.column + u.column;
         inside_[pass] = u.there && h >= 0 && h < p_.height && w >= 0 && w < p_.width;
         if (!inside_[pass]) continue;
-        const char* pixels = reinterpret_cast<const char*>(from + h * s.stride_h + w);
-        if (channels >= 8) {
-#pragma unroll
-          for (int c = 0; c < 8; ++c, pixels += channel_bytes)
-            raw_[pass][c] = __ldg(reinterpret_cast<const uint2*>(pixels));
-        } else {
-#pragma unroll
-          for (int c = 0; c < 8; ++c, pixels += channel_bytes)
-            raw_[pass][c] =
-                c < channels ? __ldg(reinterpret_cast<const uint2*>(pixels)) : uint2{0, 0};
-        }
+        const T* pixels = from + u.row * s.stride_h + u.column;
+        if (channels >= 8)
+          load_pixels(raw_[pass], pixels, s.stride_c, 8);
+        else
+          load_pixels(raw_[pass], pixels, s.stride_c, channels);
       }
     });
   }
@@ -149,47 +212,20 @@ class Block {
     const Stage& s = p_.stages[stage];
     const int half = threadIdx.x >> 1 & 1;
     if (s.channels <= 8 * half) return;  // multiply() does not read that half
-    float scale[8], shift[8];
-    const float4* from =
-        reinterpret_cast<const float4*>(p_.coefficients + (s.chunk * 2 + half) * 16);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float4 a = __ldg(from + i), b = __ldg(from + 2 + i);
-      scale[4 * i] = a.x, scale[4 * i + 1] = a.y, scale[4 * i + 2] = a.z, scale[4 * i + 3] = a.w;
-      shift[4 * i] = b.x, shift[4 * i + 1] = b.y, shift[4 * i + 2] = b.z, shift[4 * i + 3] = b.w;
-    }
-    with_kind<Tr>(s.kind, [&](auto k) {
+    HalfPsi psi;
+    if constexpr (Tr::kPrologue != Prologue::none) psi.load(p_.coefficients, s.chunk, half);
+    with_kind(s.kind, [&](auto k) {
 #pragma unroll
       for (int pass = 0; pass < kPrefetch; ++pass) {
         const Unit u = unit<k.value>(pass);
         if (!u.there) continue;
         const uint32_t to = base_ + buffer * Tr::kStageBytes + u.slot * 16;
-        if (inside_[pass]) {
-#pragma unroll
-          for (int pixel = 0; pixel < kPixelsALoad; ++pixel) {
-            uint32_t slot[4];
-#pragma unroll
-            for (int c = 0; c < 8; c += 2)
-              slot[c / 2] = ptx::pack_two<T, Tr::kRelu>(
-                  fmaf(element(raw_[pass][c], pixel), scale[c], shift[c]),
-                  fmaf(element(raw_[pass][c + 1], pixel), scale[c + 1], shift[c + 1]));
-            ptx::store_16_bytes(to + pixel * 16, slot);
-          }
-        } else {
-#pragma unroll
-          for (int pixel = 0; pixel < kPixelsALoad; ++pixel)
-            ptx::store_16_bytes(to + pixel * 16, {0, 0, 0, 0});
-        }
+        if (inside_[pass])
+          store_pixels<T, Tr::kPrologue>(to, raw_[pass], psi);
+        else
+          store_zeros(to);
       }
     });
-  }
-
-  __device__ static float element(const uint2& four, int i) {
-    const uint32_t two = i < 2 ? four.x : four.y;
-    if constexpr (__is_same(T, bfloat16))
-      return __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
-    else
-      return __half2float(__ushort_as_half(static_cast<unsigned short>(i % 2 ? two >> 16 : two)));
   }
 
   __device__ uint32_t weight_buffer(int buffer) const {
@@ -198,20 +234,23 @@ class Block {
 
   __device__ void copy_weights(int stage, int buffer) const {
     const Stage& s = p_.stages[stage];
-    const uint4* from = static_cast<const uint4*>(p_.weights) + s.weights;
     int slots = 0;
-    with_kind<Tr>(s.kind, [&](auto k) {
+    with_kind(s.kind, [&](auto k) {
       constexpr Taps taps = Tr::kKinds.kind[k.value].taps;
       slots = Tr::kTapSlots * (taps == Taps::all ? 9 : taps == Taps::row ? 3 : 1);
     });
-    for (int i = threadIdx.x; i < slots; i += kThreads)
-      ptx::copy_async_16(weight_buffer(buffer) + i * 16, from + i);
+    const uint4* from = static_cast<const uint4*>(p_.weights) + s.weights + threadIdx.x;
+    uint32_t to = weight_buffer(buffer) + threadIdx.x * 16;
+    for (int i = threadIdx.x; i < slots; i += kThreads) {
+      ptx::copy_async_16(to, from);
+      from += kThreads, to += kThreads * 16;
+    }
     ptx::commit_copies();
   }
 
   __device__ void multiply(int stage, int buffer) {
-    const Stage& s = p_.stages[stage];
-    with_kind<Tr>(s.kind, [&](auto k) {
+    const Stage s = p_.stages[stage];
+    with_kind(s.kind, [&](auto k) {
       if (s.channels > 8)
         multiply<k.value, false>(s.dilation, buffer);
       else
@@ -380,51 +419,62 @@ __device__ void Block<Tr>::finish_backward() {
         staged[(j * 8 + lane % 4 * 2 + e % 2) * pitch + y * kColumns + warp * 16 + lane / 4 +
                e / 2 * 8] = sums_[y][j][e];
   __syncthreads();
-  constexpr int vectors = kColumns / kPixelsALoad;
-  const View &out = job_->out, &source = job_->x;
-  for (int output = warp; output < job_->outputs; output += kWarps) {
-    const int64_t channel = job_->channel + output;
-    const float scale = p_.scale ? p_.scale[channel] : 1.f;
-    const float shift = p_.scale ? p_.shift[channel] : 0.f;
+  // Half a warp takes an output: 16 vectors of a row, row by row.
+  static_assert(kColumns / kPixelsALoad == 16);
+  const Job job = *job_;
+  const int first = warp * 2 + lane / 16, vector = lane % 16 * kPixelsALoad;
+  const bool relu = p_.relu, through_psi = p_.scale || relu;
+  auto at = [&](const View& v) {
+    return static_cast<T*>(v.data) +
+           (v.data ? direct::offset_of(v, n_, first, row_, column_ + vector) : 0);
+  };
+  const T* x = at(job.x);
+  T* out = at(job.out);
+  for (int i = 0; i < N; ++i, x += 8 * job.x.stride_c, out += 8 * job.out.stride_c) {
+    const int output = first + 8 * i;
+    const bool there = output < job.outputs && column_ + vector < p_.width;
+    const float scale = there && p_.scale ? p_.scale[job.channel + output] : 1.f;
+    const float shift = there && p_.scale ? p_.shift[job.channel + output] : 0.f;
     float to_scale = 0, to_shift = 0;
-    for (int i = lane; i < R * vectors; i += 32) {
-      const int h = row_ + i / vectors, w = column_ + i % vectors * kPixelsALoad;
-      const bool inside = h < p_.height && w < p_.width;
-      if (!inside) continue;
+#pragma unroll
+    for (int y = 0; y < R; ++y) {
+      if (!there || row_ + y >= p_.height) continue;
       const float4 four =
-          *reinterpret_cast<const float4*>(staged + output * pitch + i * kPixelsALoad);
+          *reinterpret_cast<const float4*>(staged + output * pitch + y * kColumns + vector);
       float gradient[4] = {four.x, four.y, four.z, four.w};
-      if (p_.scale || p_.relu) {
-        const uint2 pixels = __ldg(reinterpret_cast<const uint2*>(
-            static_cast<const T*>(source.data) + direct::offset_of(source, n_, output, h, w)));
+      if (through_psi) {
+        const uint2 pixels = __ldg(reinterpret_cast<const uint2*>(x + y * job.x.stride_h));
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float x = element(pixels, e);
-          if (p_.relu && fmaf(x, scale, shift) <= 0) gradient[e] = 0;  // NaN passes
-          to_scale = fmaf(gradient[e], x, to_scale);
+          const float v = element<T>(pixels, e);
+          const bool cut = relu & (fmaf(v, scale, shift) <= 0);  // NaN passes; no branch
+          gradient[e] = cut ? 0.f : gradient[e];
+          to_scale = fmaf(gradient[e], v, to_scale);
           to_shift += gradient[e];
         }
       }
-      if (!out.data) continue;
+      if (!job.out.data) continue;
       const uint2 result = {ptx::pack_two<T, false>(gradient[0] * scale, gradient[1] * scale),
                             ptx::pack_two<T, false>(gradient[2] * scale, gradient[3] * scale)};
-      *reinterpret_cast<uint2*>(static_cast<T*>(out.data) +
-                                direct::offset_of(out, n_, output, h, w)) = result;
+      *reinterpret_cast<uint2*>(out + y * job.out.stride_h) = result;
     }
     if (!p_.partial) continue;
-    to_scale = warp_sum(to_scale);
-    to_shift = warp_sum(to_shift);
-    if (lane > 0) continue;
-    float* to = p_.partial + (static_cast<int64_t>(blockIdx.x / p_.num_jobs) * p_.partial_channels +
-                              job_->partial_channel + output) *
-                                 2;
-    to[0] = to_scale, to[1] = to_shift;
+    // One exchange leaves a sum to each quarter of the warp, three more add over its lanes.
+    const bool upper = lane & 8;
+    float sum = upper ? to_shift : to_scale;
+    sum += __shfl_xor_sync(~0u, upper ? to_scale : to_shift, 8);
+    for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane % 8 == 0 && output < job.outputs)
+      p_.partial[(static_cast<int64_t>(blockIdx.x / p_.num_jobs) * p_.partial_channels +
+                  job.partial_channel + output) *
+                     2 +
+                 upper] = sum;
   }
 }
 
 template <class T, int kTiles, int kRows>
 __device__ inline void backward_data(const TensorConvolve& p, unsigned char* shared) {
-  Block<Traits<T, kTiles, kRows, false>> block(p, shared);
+  Block<Traits<T, kTiles, kRows, Prologue::none>> block(p, shared);
   block.take_job();
   block.convolve();
   block.finish_backward();
@@ -432,7 +482,8 @@ __device__ inline void backward_data(const TensorConvolve& p, unsigned char* sha
 
 template <class T, int kTiles, int kRows, bool kRelu>
 __device__ inline void forward(const TensorConvolve& p, unsigned char* shared) {
-  Block<Traits<T, kTiles, kRows, kRelu>> block(p, shared);
+  constexpr Prologue prologue = kRelu ? Prologue::affine_relu : Prologue::affine;
+  Block<Traits<T, kTiles, kRows, prologue>> block(p, shared);
   block.take_job();
   block.convolve();
   block.finish_forward();

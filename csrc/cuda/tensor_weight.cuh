@@ -3,171 +3,277 @@
 //   d weight[k, c, tap] = sum over pixels of psi(x)[c, pixel + tap * d] * gradient[k, pixel]
 //
 // has channels as rows, outputs as columns and pixels as its inner dimension. A block owns 16
-// channels of one source, one row of taps and up to 8 * kMostTiles outputs, and walks over the
-// tiles of its part of the map: psi(x) is staged as in the forward pass (tensor.cuh), the gradient
-// as it lies in memory. A warp owns a row of the tile; the warps' sums are added in their order at
-// the end.
+// channels of one source, their three rows of taps and up to 8 * kMostTiles outputs, and walks down
+// its part of the map in steps of the dilation: a row of psi(x) is staged once, as in the forward
+// pass (tensor.cuh), and stays for the three rows of the gradient that it meets; the gradient is
+// staged as it lies in memory. A warp owns a row of taps and a row of the step.
 #pragma once
 
 #include "tensor.cuh"
 
 namespace d3net::cuda::tensor {
 
-constexpr int kGradientPitch = kWeightRows * kColumns * 2 + 16;  // bytes of an output; odd in slots
-
 template <class T, bool kRelu>
-class WeightBlock : Block<Traits<T, 1, kWeightRows, kRelu>> {
-  using Tr = Traits<T, 1, kWeightRows, kRelu>;
-  using Base = Block<Tr>;
+class WeightBlock {
   static constexpr int N = kMostTiles;
-  static_assert(kWeightRows == kWarps);
+  static constexpr int kStaging = kWeightThreads / 2;  // threads; the others copy the gradient
+  static_assert(kStaging >= (kColumns + 2 * kWidestBand) / kPixelsALoad * 2 * kWeightRows);
 
  public:
   __device__ WeightBlock(const TensorWeightGradient& p, unsigned char* shared)
-      : Base(p.map, shared), p_(p), job_(p.jobs[blockIdx.x % p.num_jobs]) {}
+      : p_(p),
+        job_(p.jobs[blockIdx.x % p.num_jobs]),
+        shared_(shared),
+        ring_(ptx::shared_address(shared)) {}
 
   __device__ void run() {
     const int part = blockIdx.x / p_.num_jobs;
-    int tile = job_.live ? part : p_.num_tiles;
-    if (tile < p_.num_tiles) stage(tile, 0);
-    for (int buffer = 0; tile < p_.num_tiles; buffer ^= 1) {
-      ptx::wait_for_copies();
-      __syncthreads();
-      const int next = tile + p_.parts;
-      if (next < p_.num_tiles) load(next, buffer ^ 1);
-      multiply(buffer);
-      if (next < p_.num_tiles) Base::store(job_.stage, buffer ^ 1);
-      tile = next;
+    zero_unused_outputs();
+    if (stages()) psi_.load(p_.coefficients, job_.chunk, half());
+    const int64_t walks = int64_t{p_.batch} * p_.tiles_w * job_.remainders;
+    const int64_t steps = job_.live ? walks * job_.steps : 0;
+    const int64_t end = (part + 1) * steps / p_.parts;
+    for (int64_t at = part * steps / p_.parts; at < end;) {
+      const int first = take_walk(at);
+      const int last = static_cast<int>(min(end - at, int64_t{job_.steps - first})) + first;
+      walk(first, last);
+      at += last - first;
     }
-    __syncthreads();
     finish(part);
   }
 
  private:
-  __device__ void stage(int tile, int buffer) {
-    load(tile, buffer);
-    Base::store(job_.stage, buffer);
+  /// The walk of that step of the block's job; returns the step's place in it.
+  __device__ int take_walk(int64_t at) {
+    int64_t walk = at / job_.steps;
+    first_row_ = static_cast<int>(walk % job_.remainders) * kWeightRows;
+    walk /= job_.remainders;
+    column_ = static_cast<int>(walk % p_.tiles_w) * kColumns;
+    n_ = static_cast<int>(walk / p_.tiles_w);
+    return static_cast<int>(at % job_.steps);
   }
 
-  /// Pixels of the source to registers, the gradient to shared memory.
-  __device__ void load(int tile, int buffer) {
-    Base::column_ = tile % p_.map.tiles_w * kColumns;
-    Base::row_ = tile / p_.map.tiles_w % p_.map.tiles_h * kWeightRows;
-    Base::n_ = tile / p_.map.tiles_w / p_.map.tiles_h;
-    Base::load(job_.stage);
-    // A thread copies the same four pixels of every second output.
-    constexpr int vectors = kColumns / kPixelsALoad, apart = kThreads / (vectors * kWeightRows);
-    const int vector = threadIdx.x % vectors, y = threadIdx.x / vectors % kWeightRows;
-    const int first = threadIdx.x / (vectors * kWeightRows);
-    const int h = Base::row_ + y, w = Base::column_ + vector * kPixelsALoad;
-    const bool inside = h < p_.map.height && w < p_.map.width;
-    const T* from = static_cast<const T*>(p_.gradient.data);
-    if (inside) from += direct::offset_of(p_.gradient, Base::n_, job_.first_output + first, h, w);
-    uint32_t to = gradient_buffer(buffer) + first * kGradientPitch +
-                  (y * kColumns + vector * kPixelsALoad) * 2;
-    for (int k = first; k < 8 * tiles(); k += apart) {
-      const bool there = inside && k < job_.outputs;
-      ptx::copy_async_8(to, there ? from : p_.gradient.data, there ? 8 : 0);
-      from += apart * p_.gradient.stride_c;
-      to += apart * kGradientPitch;
+  __device__ void walk(int first, int last) {
+    for (int i = first - 1; i <= first + 1; ++i) {
+      load(i);
+      store(i);
+    }
+    copy_gradient(first);
+    for (int i = first; i < last; ++i) {
+      ptx::wait_for_copies();
+      __syncthreads();
+      if (i + 1 < last) {
+        load(i + 2);
+        copy_gradient(i + 1);
+      }
+      multiply(i);
+      if (i + 1 < last) store(i + 2);
+    }
+    __syncthreads();  // the next walk begins with other rows
+  }
+
+  /// The row of the map, or -1 where a step has none: outside, or of another remainder.
+  __device__ int map_row(int step, int row) const {
+    const int h = first_row_ + row + step * job_.stride;
+    return step >= 0 && first_row_ + row < job_.stride && h < p_.height ? h : -1;
+  }
+
+  // How threads stage: {vector parity, half, row} as in tensor.cuh, then pairs of vectors.
+  __device__ static int half() { return threadIdx.x >> 1 & 1; }
+  __device__ static int staged_row() { return threadIdx.x >> 2 & 1; }
+  __device__ static int staged_column() {
+    return static_cast<int>(threadIdx.x / 8 * 2 + (threadIdx.x & 1)) * kPixelsALoad;
+  }
+  __device__ bool stages() const {
+    return threadIdx.x < kStaging && staged_column() < job_.columns && 8 * half() < job_.channels;
+  }
+
+  /// A step's pixels of the source to registers.
+  __device__ void load(int step) {
+    const int h = map_row(step, staged_row());
+    const int w = column_ + job_.column + staged_column();
+    there_ = stages() && h >= 0;
+    inside_ = there_ && w >= 0 && w < p_.width;
+    if (inside_)
+      load_pixels(raw_,
+                  static_cast<const T*>(job_.data) + n_ * job_.stride_n +
+                      8 * half() * job_.stride_c + h * job_.stride_h + w,
+                  job_.stride_c, job_.channels - 8 * half());
+  }
+
+  /// psi of the registers to the ring.
+  __device__ void store(int step) {
+    if (!there_) return;
+    const int row = (kWeightRows * step + staged_row()) & (kRingRows - 1);
+    const uint32_t to = ring_ + (half() * kRingHalf + row * kRingPitch + staged_column()) * 16;
+    if (inside_)
+      store_pixels<T, kRelu ? Prologue::affine_relu : Prologue::affine>(to, raw_, psi_);
+    else
+      store_zeros(to);
+  }
+
+  __device__ uint32_t gradient_buffer(int step) const {
+    return ring_ + 2 * kRingHalf * 16 + (step & 1) * 8 * N * kGradientPitch;
+  }
+
+  /// A step's rows of the gradient to shared memory, zeros right of the map.
+  __device__ void copy_gradient(int step) const {
+    if (threadIdx.x >= kStaging) {
+      if (p_.wide_loads)
+        copy_gradient<8>(step);
+      else
+        copy_gradient<4>(step);
     }
     ptx::commit_copies();
   }
-
-  /// Of 8 outputs; those beyond are skipped.
-  __device__ int tiles() const { return (job_.outputs + 7) / 8; }
-
-  __device__ uint32_t gradient_buffer(int buffer) const {
-    return Base::base_ + 2 * Tr::kStageBytes + buffer * 8 * N * kGradientPitch;
-  }
-
-  __device__ void multiply(int buffer) {
-    const Stage& s = p_.map.stages[job_.stage];
-    with_kind<Tr>(s.kind, [&](auto k) {
-      if constexpr (Tr::kKinds.kind[k.value].taps != Taps::all)
-        multiply<k.value>(s.dilation, buffer);
-    });
-  }
-
-  template <int kKind>
-  __device__ void multiply(int dilation, int buffer) {
-    constexpr Kind kind = Tr::kKinds.kind[kKind];
-    constexpr int taps = kind.taps == Taps::row ? 3 : 1;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, used = tiles();
-    // Matrices of a fragment of psi(x): {channels low, high} x {pixels low, high}, transposed.
-    const uint32_t pixels = Base::base_ + buffer * Tr::kStageBytes +
-                            (lane / 8 % 2 * kind.half_pitch + warp * kind.row_pitch + kind.halo +
-                             lane / 16 * 8 + lane % 8) *
-                                16;
-    // Of the gradient: {pixels low, high} x {outputs of two tiles}.
-    const uint32_t gradient = gradient_buffer(buffer) +
-                              (lane / 16 * 8 + lane % 8) * kGradientPitch +
-                              (warp * kColumns + lane / 8 % 2 * 8) * 2;
-#pragma unroll
-    for (int step = 0; step < kColumns / 16; ++step) {
-      uint32_t b[N + 1][2];
-#pragma unroll
-      for (int j = 0; j < N; j += 2) {
-        if (j >= used) break;
-        uint32_t two_tiles[4];
-        const uint32_t at = gradient + j * 8 * kGradientPitch + step * 32;
-        if (j + 1 < N)
-          ptx::load_matrices(two_tiles, at);
-        else
-          ptx::load_two_matrices(two_tiles[0], two_tiles[1], at);
-        b[j][0] = two_tiles[0], b[j][1] = two_tiles[1];
-        if (j + 1 < N) b[j + 1][0] = two_tiles[2], b[j + 1][1] = two_tiles[3];
-      }
-#pragma unroll
-      for (int tap = 0; tap < taps; ++tap) {
-        uint32_t a[4];
-        ptx::load_matrices_transposed(
-            a, pixels + (step * 16 + (taps == 1 ? 0 : (tap - 1) * dilation)) * 16);
-#pragma unroll
-        for (int j = 0; j < N; ++j)
-          if (j < used) ptx::mma_k16<T>(sums_[tap][j], a, b[j]);
-      }
-      if (!job_.bias) continue;
-      const uint32_t one = __is_same(T, bfloat16) ? 0x3f803f80u : 0x3c003c00u;
-      const uint32_t ones[4] = {one, one, one, one};
-#pragma unroll
-      for (int j = 0; j < N; ++j)
-        if (j < used) ptx::mma_k16<T>(sums_[3][j], ones, b[j]);
+  template <int kPixels>
+  __device__ void copy_gradient(int step) const {
+    constexpr int vectors = kColumns / kPixels, apart = kStaging / (vectors * kWeightRows);
+    const int t = threadIdx.x - kStaging, vector = t % vectors, row = t / vectors % kWeightRows;
+    const int first = t / (vectors * kWeightRows);
+    const int h = map_row(step, row), w = column_ + vector * kPixels;
+    if (h < 0) return;
+    const View& g = p_.gradient;
+    const bool inside = w < p_.width;
+    const T* from = static_cast<const T*>(g.data);
+    if (inside)
+      from += n_ * g.stride_n + (job_.first_output + first) * g.stride_c + h * g.stride_h + w;
+    uint32_t to = gradient_buffer(step) + first * kGradientPitch +
+                  (row * kColumns + vector * kPixels) * 2;
+    for (int k = first; k < job_.outputs; k += apart) {
+      if constexpr (kPixels == 8)
+        ptx::copy_async_16(to, from, inside ? 16 : 0);
+      else
+        ptx::copy_async_8(to, from, inside ? 8 : 0);
+      if (inside) from += apart * g.stride_c;
+      to += apart * kGradientPitch;
     }
   }
 
-  /// Adds the warps' sums and writes this part: columns (channel, tap), and the bias as the last.
-  __device__ void finish(int part) {
-    constexpr int rows = 4 * 16, pitch = 8 * N;  // rows: three taps and the bias, 16 channels each
-    float* staged = reinterpret_cast<float*>(Base::shared_);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  /// The last tile of 8 outputs may have fewer: nobody copies the others.
+  __device__ void zero_unused_outputs() const {
+    constexpr int slots = kGradientPitch / 16;
+    for (int i = job_.outputs * slots + threadIdx.x; i < 8 * N * slots; i += kWeightThreads)
+      for (int step = 0; step < 2; ++step)
+        ptx::store_16_bytes(gradient_buffer(step) + i * 16, {0, 0, 0, 0});
+  }
+
+  /// sums_ += the step's rows of the gradient times the rows of psi(x) under the row of taps.
+  __device__ void multiply(int step) {
+    const int warp = threadIdx.x / 32, tap_row = warp / kWeightRows - 1, row = warp % kWeightRows;
+    const int h = map_row(step, row), x_row = h + tap_row * job_.row_dilation;
+    if (h < 0 || x_row < 0 || x_row >= p_.height) return;
+    if (tap_row != 0 && job_.row_dilation == 0) return;
+    const int in_ring = kWeightRows * step + row + tap_row * min(job_.row_dilation, kWeightRows);
+    const int lane = threadIdx.x % 32;
+    // Matrices of a fragment of psi(x): {channels low, high} x {pixels low, high}, transposed.
+    const uint32_t pixels = ring_ + (lane / 8 % 2 * kRingHalf +
+                                     (in_ring & (kRingRows - 1)) * kRingPitch +
+                                     (job_.taps == 1 ? 0 : -job_.column) + lane / 16 * 8 +
+                                     lane % 8) *
+                                        16;
+    // Of the gradient: {pixels low, high} x {outputs of two tiles}.
+    const uint32_t gradient = gradient_buffer(step) +
+                              (lane / 16 * 8 + lane % 8) * kGradientPitch +
+                              (row * kColumns + lane / 8 % 2 * 8) * 2;
+    with_number<N>((job_.outputs + 7) / 8 - 1, [&](auto last) {
+      constexpr int tiles = last.value + 1;
+      if (job_.taps == 1)
+        multiply<tiles, 1>(pixels, gradient);
+      else
+        multiply<tiles, 3>(pixels, gradient);
+      if (job_.bias && tap_row == 0) add_to_bias<tiles>(gradient);
+    });
+  }
+
+  template <int kTiles, int kTaps>
+  __device__ void multiply(uint32_t pixels, uint32_t gradient) {
+    const int columns = p_.width - column_, d = job_.dilation * 16;
 #pragma unroll
-    for (int tap = 0; tap < 4; ++tap)
+    for (int step = 0; step < kColumns / 16; ++step) {
+      if (step * 16 >= columns) break;
+      uint32_t b[kTiles + 1][2];
+      load_gradient<kTiles>(b, gradient + step * 32);
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        uint32_t a[4];
+        ptx::load_matrices_transposed(a, pixels + step * 256 + (kTaps == 1 ? 0 : (tap - 1) * d));
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) ptx::mma_k16<T>(sums_[tap][j], a, b[j]);
+      }
+    }
+  }
+
+  template <int kTiles>
+  __device__ void add_to_bias(uint32_t gradient) {
+    const uint32_t one = __is_same(T, bfloat16) ? 0x3f803f80u : 0x3c003c00u;
+    const uint32_t ones[4] = {one, one, one, one};
+    for (int step = 0; step < kColumns / 16; ++step) {
+      uint32_t b[kTiles + 1][2];
+      load_gradient<kTiles>(b, gradient + step * 32);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) ptx::mma_k16<T>(sums_[3][j], ones, b[j]);
+    }
+  }
+
+  /// Fragments of 16 pixels of the gradient; kTiles tiles of 8 outputs.
+  template <int kTiles>
+  __device__ static void load_gradient(uint32_t (&b)[kTiles + 1][2], uint32_t at) {
+#pragma unroll
+    for (int j = 0; j + 1 < kTiles; j += 2) {
+      uint32_t two_tiles[4];
+      ptx::load_matrices(two_tiles, at + j * 8 * kGradientPitch);
+      b[j][0] = two_tiles[0], b[j][1] = two_tiles[1];
+      b[j + 1][0] = two_tiles[2], b[j + 1][1] = two_tiles[3];
+    }
+    if (kTiles % 2)
+      ptx::load_two_matrices(b[kTiles - 1][0], b[kTiles - 1][1],
+                             at + (kTiles - 1) * 8 * kGradientPitch);
+  }
+
+  /// Adds the sums of the rows of a step and writes this part: for an output, the channels' taps
+  /// are neighbours in shared memory as in the result.
+  __device__ void finish(int part) {
+    constexpr int pitch = 9 * kChunk + 1;  // the last one is the bias
+    float* staged = reinterpret_cast<float*>(shared_);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int tap_row = warp / kWeightRows, taps = job_.taps;
+    for (int row = 0; row < kWeightRows; ++row) {
+      __syncthreads();
+      if (warp % kWeightRows != row) continue;
+      auto add = [&](int at, float v) { staged[at] = row == 0 ? v : staged[at] + v; };
 #pragma unroll
       for (int j = 0; j < N; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          staged[(warp * rows + tap * 16 + lane / 4 + e / 2 * 8) * pitch + j * 8 + lane % 4 * 2 +
-                 e % 2] = sums_[tap][j][e];
+        for (int e = 0; e < 4; ++e) {
+          const int k = j * 8 + lane % 4 * 2 + e % 2, channel = lane / 4 + e / 2 * 8;
+#pragma unroll
+          for (int tap = 0; tap < 3; ++tap)
+            if (tap < taps)
+              add(k * pitch + (channel * 3 + tap_row) * taps + tap, sums_[tap][j][e]);
+          if (tap_row == 1 && channel == 0) add(k * pitch + pitch - 1, sums_[3][j][e]);
+        }
+    }
     __syncthreads();
-    const int channels = p_.map.stages[job_.stage].channels;
-    for (int i = threadIdx.x; i < rows * pitch; i += kThreads) {
-      const int k = i % pitch, channel = i / pitch % 16, tap = i / pitch / 16;
-      const bool is_bias = tap == 3;
-      if (k >= job_.outputs ||
-          (is_bias ? !job_.bias || channel > 0 : channel >= channels || tap >= job_.taps))
-        continue;
-      float sum = staged[i];
-      for (int other = 1; other < kWarps; ++other) sum += staged[other * rows * pitch + i];
-      const int64_t column =
-          is_bias ? p_.columns - 1 : job_.first_column + static_cast<int64_t>(channel) * 9 + tap;
-      p_.partial[(static_cast<int64_t>(part) * p_.outputs + job_.first_output + k) * p_.columns +
-                 column] = sum;
+    float* to = p_.partial + (static_cast<int64_t>(part) * p_.outputs + job_.first_output) *
+                                 p_.columns;
+    const int values = job_.channels * 3 * taps;
+    for (int k = warp; k < job_.outputs; k += kWeightWarps) {
+      float* row = to + k * p_.columns;
+      for (int i = lane; i < values; i += 32)
+        row[job_.first_column + (taps == 3 ? i : i * 3)] = staged[k * pitch + i];
+      if (job_.bias && lane == 0) row[p_.columns - 1] = staged[k * pitch + pitch - 1];
     }
   }
 
   const TensorWeightGradient& p_;
-  const WeightJob& job_;
+  const WeightJob job_;
+  unsigned char* shared_;
+  uint32_t ring_;
+  HalfPsi psi_;
+  uint2 raw_[8];
+  bool there_ = false, inside_ = false;
+  int n_ = 0, column_ = 0, first_row_ = 0;
   float sums_[4][N][4] = {};  // three taps and the bias; channels lane / 4 and + 8
 };
 

@@ -82,14 +82,14 @@ def bounds(counters: Counters, gpu: Gpu, compulsory_bytes: int) -> dict[str, flo
     }
 
 
-def ideal(shape: Shape, kind: str, element_bytes: int, gpu: Gpu) -> float:
+def ideal(shape: Shape, operation: str, kind: str, element_bytes: int, gpu: Gpu) -> float:
     """max(compulsory bytes / DRAM bandwidth, useful MACs / tensor peak), in nanoseconds."""
     time = 2 * useful_macs(shape) / (gpu.tensor[kind] * 1e3)
-    return max(compulsory_bytes(shape, element_bytes) / gpu.dram, time)
+    return max(compulsory_bytes(shape, operation, element_bytes) / gpu.dram, time)
 
 
 def useful_macs(shape: Shape) -> int:
-    """Multiply-adds of a 3x3 layer whose tap lies inside the map."""
+    """Multiply-adds of a 3x3 layer whose tap lies inside the map: the same in all operations."""
     total = 0
     for channels, dilation in zip(shape.group_channels, shape.dilations, strict=True):
         live = 1
@@ -99,15 +99,26 @@ def useful_macs(shape: Shape) -> int:
     return total * shape.c_out
 
 
-def compulsory_bytes(shape: Shape, element_bytes: int) -> int:
-    """Every input, weight and output once; scale, shift and bias in float32."""
+def compulsory_bytes(shape: Shape, operation: str, element_bytes: int) -> int:
+    """What an operation has to read and to write, once each.
+
+    Forward: sources, weight, output. backward_data: grad_output, weight, the sources (for psi) and
+    their gradients. backward_weight: sources, grad_output, the weight's gradient. Scale, shift, bias
+    and their gradients in float32.
+    """
     channels, pixels = sum(shape.group_channels), shape.height * shape.width
-    elements = (channels + shape.c_out) * pixels + 9 * channels * shape.c_out
-    return elements * element_bytes + 4 * (2 * channels + shape.c_out)
+    maps = {"forward": 1, "backward_data": 2, "backward_weight": 1}[operation] * channels
+    vectors = {
+        "forward": 2 * channels + shape.c_out,
+        "backward_data": 4 * channels,
+        "backward_weight": 2 * channels + shape.c_out,
+    }[operation]
+    elements = (maps + shape.c_out) * pixels + 9 * channels * shape.c_out
+    return elements * element_bytes + 4 * vectors
 
 
 def composition_bytes(shape: Shape, element_bytes: int) -> int:
-    """What plain torch moves for the layer: psi and a convolution a source, and a sum.
+    """What plain torch moves for the forward pass: psi and a convolution a source, and a sum.
 
     psi reads and writes its source once (one fused elementwise kernel), the convolution reads that
     and writes a whole output, and each sum reads two outputs and writes one.

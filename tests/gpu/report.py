@@ -58,10 +58,12 @@ CASES = (
     Case("S", _S, (32, 128), "forward"),
     Case("vocals", _VOCALS, (32, 256), "forward"),
     Case("small", _SMALL, (16, 100), "forward"),
-    Case("S", _S, (16, 64), "backward_data"),
-    Case("S", _S, (16, 64), "backward_weight"),
-    Case("vocals", _VOCALS, (16, 128), "backward_data"),
-    Case("vocals", _VOCALS, (16, 128), "backward_weight"),
+    Case("S", _S, (32, 128), "backward_data"),
+    Case("vocals", _VOCALS, (32, 256), "backward_data"),
+    Case("small", _SMALL, (16, 100), "backward_data"),
+    Case("S", _S, (32, 128), "backward_weight"),
+    Case("vocals", _VOCALS, (32, 256), "backward_weight"),
+    Case("small", _SMALL, (16, 100), "backward_weight"),
 )
 
 
@@ -148,16 +150,16 @@ def counted_figures(case: Case, launched: Launched) -> dict[str, float]:
     shared, through_l2 = counters.shared_traffic, counters.global_traffic
     figures = {
         "distinct / compulsory bytes": counters.distinct_bytes
-        / compulsory_bytes(shape, _ELEMENT_BYTES),
+        / compulsory_bytes(shape, case.operation, _ELEMENT_BYTES),
         "sectors / ideal": through_l2.units / max(1, through_l2.ideal),
         "wavefronts / ideal": shared.units / max(1, shared.ideal),
         "instructions a pixel": counters.issued() / (shape.height * shape.width),
     }
     for gpu in GPUS:
-        compulsory = compulsory_bytes(shape, _ELEMENT_BYTES)
+        compulsory = compulsory_bytes(shape, case.operation, _ELEMENT_BYTES)
         bound = max(bounds(counters, gpu, compulsory).values())
         figures[f"bound / ideal bound {gpu.name}"] = bound / ideal(
-            shape, "bf16", _ELEMENT_BYTES, gpu
+            shape, case.operation, "bf16", _ELEMENT_BYTES, gpu
         )
     return {name: round(value, 4) for name, value in figures.items()}
 
@@ -213,7 +215,7 @@ def case_table(case: Case, launched: Launched, static: Static) -> str:
     """One case: its figures, its bounds on every GPU, and what plain torch would move."""
     counters, shape = launched.counters, case.shape
     pixels = shape.height * shape.width
-    compulsory = compulsory_bytes(shape, _ELEMENT_BYTES)
+    compulsory = compulsory_bytes(shape, case.operation, _ELEMENT_BYTES)
     figures = counted_figures(case, launched)
     kinds = counters.by_kind()
     lines = [
@@ -236,7 +238,7 @@ def case_table(case: Case, launched: Launched, static: Static) -> str:
         )
     for gpu in GPUS:
         times = bounds(counters, gpu, compulsory)
-        least = ideal(shape, "bf16", _ELEMENT_BYTES, gpu)
+        least = ideal(shape, case.operation, "bf16", _ELEMENT_BYTES, gpu)
         binding = max(times, key=lambda name: times[name])
         detail = ", ".join(f"{name} {t / pixels:.4f}" for name, t in times.items())
         lines.append(

@@ -119,6 +119,8 @@ OTHER: list[tuple[str, list[np.dtype[Any]], np.dtype[Any], Callable[..., Any]]] 
     ("bfe.s32 y, x0, 20, 12;", [I32], I32, lambda a: a >> 20),
     ("bfi.b32 y, x0, x1, 8, 8;", [U32, U32], U32,
      lambda a, b: (b & np.uint32(0xFFFF00FF)) | (a & np.uint32(255)) << np.uint32(8)),
+    ("bfi.b64 y, x0, x1, 1, 63;", [U64, U64], U64,
+     lambda a, b: (b & np.uint64(1)) | a << np.uint64(1)),
     ("prmt.b32 y, x0, x1, 0x5410;", [U32, U32], U32,
      lambda a, b: (a & np.uint32(0xFFFF)) | b << np.uint32(16)),
     ("lop3.b32 y, x0, x1, x2, 0xe8;", [U32] * 3, U32, lambda a, b, c: (a & b) | (a & c) | (b & c)),

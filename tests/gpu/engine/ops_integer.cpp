@@ -157,6 +157,18 @@ T insert(T a, T b, uint32_t position, uint32_t length) {
   return (b & ~field) | (a << position & field);
 }
 
+template <class T>
+void bit_field_insert(const char* name) {
+  register_operation(name, [](Warp& w, const Instruction& in, uint32_t mask) {
+    const uint32_t* position = w.reg<uint32_t>(in.operands[3]);
+    const uint32_t* length = w.reg<uint32_t>(in.operands[4]);
+    T* d = w.reg<T>(in.operands[0]);
+    const T *a = w.reg<T>(in.operands[1]), *b = w.reg<T>(in.operands[2]);
+    for (int l = 0; l < lanes; ++l)
+      if (mask >> l & 1) d[l] = insert(a[l], b[l], position[l], length[l]);
+  });
+}
+
 uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t{b} << 32 | a;
   uint32_t result = 0;
@@ -251,14 +263,8 @@ void register_integer_operations() {
       "bfe.u64", [](uint64_t a, uint32_t p, uint32_t n) { return extract(a, p, n); });
   ternary<int64_t, int64_t, uint32_t, uint32_t>(
       "bfe.s64", [](int64_t a, uint32_t p, uint32_t n) { return extract(a, p, n); });
-  register_operation("bfi.b32", [](Warp& w, const Instruction& in, uint32_t mask) {
-    const uint32_t* position = w.reg<uint32_t>(in.operands[3]);
-    const uint32_t* length = w.reg<uint32_t>(in.operands[4]);
-    uint32_t* d = w.reg<uint32_t>(in.operands[0]);
-    const uint32_t *a = w.reg<uint32_t>(in.operands[1]), *b = w.reg<uint32_t>(in.operands[2]);
-    for (int l = 0; l < lanes; ++l)
-      if (mask >> l & 1) d[l] = insert(a[l], b[l], position[l], length[l]);
-  });
+  bit_field_insert<uint32_t>("bfi.b32");
+  bit_field_insert<uint64_t>("bfi.b64");
   ternary<uint32_t, uint32_t, uint32_t, uint32_t>(
       "prmt.b32", [](uint32_t a, uint32_t b, uint32_t s) { return permute(a, b, s); });
   register_operation("lop3.b32", lop3);

@@ -92,6 +92,13 @@ inline void store_16_bytes(uint32_t address, const uint32_t (&v)[4]) {
   for (int i = 0; i < 4; ++i) to[i] = v[i];
 }
 
+inline uint32_t low_halves(uint32_t first, uint32_t second) {
+  return (first & 0xffffu) | second << 16;
+}
+inline uint32_t high_halves(uint32_t first, uint32_t second) {
+  return first >> 16 | (second & 0xffff0000u);
+}
+
 template <class T, bool kRelu>
 inline uint32_t pack_two(float low, float high) {
   const auto one = [](float x) -> uint32_t {
@@ -101,10 +108,10 @@ inline uint32_t pack_two(float low, float high) {
   return one(low) | one(high) << 16;
 }
 
-inline void copy_async_16(uint32_t to, const void* from) {
+inline void copy_async_16(uint32_t to, const void* from, int bytes = 16) {
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     gpu::die("cp.async: address not aligned to 16 bytes");
-  gpu::start_copy({emulated::shared_at(to), static_cast<const char*>(from), 16, 0});
+  gpu::start_copy({emulated::shared_at(to), static_cast<const char*>(from), bytes, 16 - bytes});
 }
 inline void copy_async_8(uint32_t to, const void* from, int bytes) {
   if (to % 8 || reinterpret_cast<uintptr_t>(from) % 8)
