@@ -1,9 +1,9 @@
 """Which implementation serves a call: chosen by the dispatcher, or forced by the user.
 
 Left alone, torch's dispatcher picks the compiled kernel for the tensors' device, for CUDA tensors
-without one Triton's, and falls back to the plain torch kernels of `composite`. `use_backend` or
-D3NET_KERNELS_BACKEND force one backend and turn its absence into an error; "reference" is plain
-torch with plain torch autograd.
+that have none, or for whose GPU it was not compiled, Triton's, and falls back to the plain torch
+kernels of `composite`. `use_backend` or D3NET_KERNELS_BACKEND force one backend and turn its
+absence into an error; "reference" is plain torch with plain torch autograd.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from .. import _binary
 from . import composite, cpu, cuda, triton
 
 NAMES = ("cpu", "cuda", "triton", "reference")
@@ -83,6 +85,21 @@ def forced_for(tensors: Sequence[Tensor]) -> str | None:
         raise ValueError(f"D3NET_KERNELS_BACKEND is {_forced!r}; accepted are {', '.join(NAMES)}")
     _require(_forced, tensors)
     return _forced
+
+
+def redirected(tensors: Sequence[Tensor]) -> bool:
+    """Whether Triton has to serve because the compiled CUDA kernels, though loaded, cannot."""
+    if _binary.cuda_missing is not None or not tensors[0].is_cuda:
+        return False
+    return _redirected_on(tensors[0].device.index, len(tensors))
+
+
+@torch.compiler.assume_constant_result
+def _redirected_on(device: int, sources: int) -> bool:
+    """A constant of the machine: torch.compile need not look inside."""
+    if cuda.why_not_on(device) is None or sources > triton.MOST_SOURCES:
+        return False
+    return triton.why_not(()) is None and triton.why_not_on(device) is None
 
 
 def _require(name: str, tensors: Sequence[Tensor]) -> None:

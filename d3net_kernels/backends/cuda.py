@@ -21,14 +21,18 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device here"
     devices = {t.device.index for t in tensors} or {torch.cuda.current_device()}
-    for device in devices:
-        if not _serves(device):
-            major, minor = torch.cuda.get_device_capability(device)
-            return (
-                f"the CUDA binary holds code for {archs()}, {torch.cuda.get_device_name(device)} "
-                f"is sm_{major}{minor}; rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
-            )
-    return None
+    return next((reason for device in devices if (reason := why_not_on(device))), None)
+
+
+def why_not_on(device: int) -> str | None:
+    """The reason why the binary, which is loaded, cannot serve a device, or None."""
+    if _serves(device):
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"the CUDA binary holds code for {archs()}, {torch.cuda.get_device_name(device)} "
+        f"is sm_{major}{minor}; rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
 
 
 def archs() -> str:

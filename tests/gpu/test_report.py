@@ -39,13 +39,26 @@ def test_bounds_by_hand() -> None:
             InstructionCount(3, "ld.shared", "ld.u32.4", 8, nothing, Traffic(8, 16, 8, 1024)),
         )
     )
-    times = bounds(counters, a100, compulsory_bytes=2039)
+    times = bounds(counters, a100, dram_bytes=2039)
     assert times["tensor"] == pytest.approx(2 * 1000 * 2048 / 312e3)
     assert times["shared"] == pytest.approx((16 + 1024 / 128) / (108 * 1.41))
     assert times["issue"] == pytest.approx(1016 / 4 / (108 * 1.41))
     assert times["L2"] == pytest.approx(64 / 2 / (108 * 1.41))
     assert times["DRAM"] == pytest.approx(1)
     assert ideal(LAYER, "bf16", 2, a100) == pytest.approx(compulsory_bytes(LAYER, 2) / 2039)
+
+
+@pytest.mark.parametrize(("a", "read"), [("%rd1", 64 * 16 + 16 * 40), ("{%r1, %r2}", 16 * 40)])
+def test_bounds_of_wgmma_by_hand(a: str, read: int) -> None:
+    """Ten of a warpgroup: four warps issue each, which reads its operands once for all of them."""
+    h100, nothing = GPUS[1], Traffic()
+    text = (
+        f"wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 {{%r3, %r4}}, {a}, %rd2, %p1, 1, 1;"
+    )
+    counters = Counters((InstructionCount(1, text, "wgmma", 40, nothing, nothing),))
+    times = bounds(counters, h100, dram_bytes=0)
+    assert times["tensor"] == pytest.approx(2 * 10 * 64 * 40 * 16 / 989e3)
+    assert times["shared"] == pytest.approx(10 * 2 * read / 128 / (132 * 1.83))
 
 
 def test_an_exceeded_budget_is_named() -> None:
@@ -74,6 +87,5 @@ def test_small_kernels_are_within_their_budget() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", report.CASES, ids=lambda case: f"{case.name}-{case.operation}")
 def test_case_is_within_its_budget(case: report.Case) -> None:
-    launched = report.cuda_family(case)
-    figures = {f"cuda {case.name} {case.operation}": report.counted_figures(case, launched)}
+    figures = {f"cuda {case}": report.counted_figures(case, report.cuda_family(case))}
     assert report.exceeded(BUDGET, {}, figures) == []

@@ -1,4 +1,4 @@
-"""The workspace in which psi of all sources lies as the kernels read it: see kernels/__init__.py."""
+"""The workspace in which psi of all sources lies as the kernels read it (kernels/prepare.py)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What runs on the GPU.
 
-prepare.py evaluates psi once for every element, before the convolution: it writes the sources of a call
-into one workspace, pixel by pixel, so that whatever their layout and normalisation a tap is a plain
-copy of 16 bytes a thread into shared memory. (A tap that evaluates psi itself costs three to four times the
-instructions, since Triton cannot shift a tile that lies in shared memory.)
+prepare.py evaluates psi once for every element, before the convolution: it writes the sources of a
+call into one workspace, pixel by pixel, so that whatever their layout and normalisation a tap is a
+plain copy of 16 bytes a thread into shared memory. (A tap that evaluates psi itself costs three to
+four times the instructions: Triton cannot shift a tile that lies in shared memory.)
 
 The other three are implicit matrix products over pixels. In the forward pass and the data gradient
 a program owns a tile of pixels of one image, which runs along the rows, flattened, so that any map

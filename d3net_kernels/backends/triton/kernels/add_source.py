@@ -38,10 +38,10 @@ def add_source(
 ):
     """Add conv(x, weight) at the pixels `p` of an image to the accumulators.
 
-    `x` points to the first of the source's channels, whole chunks, in the prepared image. `first` is
-    the first of `p`, `weight` points to the tap in the middle of this source's first channel. The
-    tap (i, j) steps away reads pixel (h + i dilation_h, w + j dilation_w); pixels behind the last
-    of the image read something of it, and their sums nobody stores.
+    `x` points to the first of the source's channels, `chunks` whole chunks, in the prepared image.
+    `first` is the first of `p`, `weight` points to the tap in the middle of this source's first
+    channel. The tap (i, j) steps away reads pixel (h + i dilation_h, w + j dilation_w); pixels
+    behind the last of the image read something of it, and nobody stores their sums.
     """
     h, w = (p // W).to(tl.int32), (p % W).to(tl.int32)
     # The rows and columns that the tile has pixels in, and how many taps these can step each way.

@@ -49,8 +49,9 @@ def backward_weight(
 
     The tap decides which rows and columns of the output see the map at all; the slabs divide these
     rows, of all images. `prepared` (N, H, W, pitch) holds psi of all sources and `prepared_grad`
-    (N, H, W, grad_pitch) the gradient of the output, as prepare.py writes them. `partial` is (slabs, kh, kw, sum C_i, padded K): the host sums the slabs in
-    this order, so that the result does not depend on which program ends first.
+    (N, H, W, grad_pitch) the gradient of the output, as prepare.py writes them. `partial` is
+    (slabs, kh, kw, sum C_i, padded K): the host sums the slabs in this order, so that the result
+    does not depend on which program ends first.
     """
     taps_w = 2 * radius_w + 1
     taps = (2 * radius_h + 1) * taps_w
