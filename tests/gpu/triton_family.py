@@ -7,7 +7,7 @@ import torch
 from d3net_kernels.backends.triton import launch
 
 from . import report, toolchain
-from .triton_driver import Launch, emulated
+from .triton_driver import Launch, assembled_for, emulated
 
 
 def family(arch: str) -> report.Family:
@@ -36,8 +36,3 @@ def _launched(done: Launch, arch: str) -> report.Launched:
     assert done.counters is not None
     name = f"triton {done.name}"
     return report.Launched(name, 32 * done.warps, done.shared, done.counters, {arch: figures})
-
-
-def assembled_for(arch: str) -> str:
-    """What ptxas has to be told: "a" for wgmma, which Triton chooses on sm_90."""
-    return "sm_90a" if arch == "sm_90" else arch

@@ -71,10 +71,7 @@ def backward_data(
     wanted: Sequence[int],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_backward_data."""
-    grads = [
-        _layout.empty(x.shape, x) if is_wanted else x.new_empty(0)
-        for x, is_wanted in zip(inputs, wanted, strict=True)
-    ]
+    grads = _layout.empty_gradients(inputs, wanted)
     like = weight if scale is None else scale
     channels = 0 if scale is None else weight.shape[1]
     active = [i for i, is_wanted in enumerate(wanted) if is_wanted or scale is not None]
@@ -138,7 +135,7 @@ def backward_weight(
 ) -> tuple[Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_backward_weight."""
     if grad_output.numel() == 0:
-        return weight.new_zeros(weight.shape), weight.new_zeros(weight.shape[0])
+        return _layout.zero_weight_gradients(weight)
     call = _Call(inputs, weight, dilations, scale, shift, relu)
     outputs, _, *taps = weight.shape
     pieces = configs.output_blocks([outputs])
