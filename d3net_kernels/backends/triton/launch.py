@@ -16,7 +16,7 @@ from .kernels.backward_data import backward_data as backward_data_kernel
 from .kernels.backward_weight import backward_weight as backward_weight_kernel
 from .kernels.forward import forward as forward_kernel
 from .prepared import Prepared, prepare
-from .views import Source, View, layout_of, need_wide_offsets, packed_sources
+from .views import Source, View, alignment, layout_of, need_wide_offsets, packed_sources
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -96,6 +96,11 @@ def backward_data(
         own = (grad.pointer, grad.stride_n, grad.stride_c, grad.stride_h, grad.stride_w)
         rows.append((*source.numbers(), *own))
     sums = call.accumulators(call.tiles(config), 2, channels)
+    layout, grad_layout = (layout_of(seen, call.width) for seen in (call.views, grad_views))
+    aligned = min(
+        alignment(call.views, layout, call.height * call.width, weight.element_size()),
+        alignment(grad_views, grad_layout, call.height * call.width, weight.element_size()),
+    )
     call.launch(
         backward_data_kernel,
         (call.tiles(config), blocks),
@@ -113,8 +118,9 @@ def backward_data(
         weight.shape[1],
         prepared.pitch,
         *call.radii,
-        LAYOUT=layout_of(call.views, call.width),
-        GRAD_LAYOUT=layout_of(grad_views, call.width),
+        LAYOUT=layout,
+        GRAD_LAYOUT=grad_layout,
+        ALIGNED=aligned,
         WIDE=need_wide_offsets([prepared.image, *inputs]),
         AFFINE=scale is not None,
         RELU=relu,

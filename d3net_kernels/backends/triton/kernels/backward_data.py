@@ -8,6 +8,7 @@ import triton.language as tl
 from .add_source import add_source
 from .parts import (
     CHANNELS,
+    CHANNELS_LAST,
     DILATION_H,
     DILATION_W,
     FIRST_BLOCK,
@@ -16,6 +17,7 @@ from .parts import (
     GRAD_STRIDE_H,
     GRAD_STRIDE_N,
     GRAD_STRIDE_W,
+    PLANES,
     START,
     STRIDE_C,
     STRIDE_H,
@@ -50,6 +52,7 @@ def _write_gradient(
     pixels,
     LAYOUT: tl.constexpr,
     GRAD_LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     AFFINE: tl.constexpr,
     RELU: tl.constexpr,
 ):
@@ -57,7 +60,10 @@ def _write_gradient(
     there = c < channels
     mask = inside[:, None] & there[None, :]
     if AFFINE or RELU:
-        at = offsets[:, None] + channel_offsets(c.to(offsets.dtype), stride_c, LAYOUT, 1)[None, :]
+        at = (
+            offsets[:, None]
+            + channel_offsets(c.to(offsets.dtype), stride_c, LAYOUT, ALIGNED)[None, :]
+        )
         values = tl.load(x + at, mask=mask, other=0).to(acc.dtype)
         factor = 0
         summand = 0
@@ -73,7 +79,7 @@ def _write_gradient(
             tl.store(sums + total_channels + c, tl.sum(acc, 0), mask=there)
             acc *= factor
     if wanted:
-        columns = channel_offsets(c.to(pixels.dtype), grad_stride_c, GRAD_LAYOUT, 1)
+        columns = channel_offsets(c.to(pixels.dtype), grad_stride_c, GRAD_LAYOUT, ALIGNED)
         to = pixels[:, None] + columns[None, :]
         tl.store(grad + to, acc.to(grad.dtype.element_ty), mask=mask)
 
@@ -94,6 +100,7 @@ def backward_data(
     radius_w,
     LAYOUT: tl.constexpr,
     GRAD_LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     AFFINE: tl.constexpr,
     RELU: tl.constexpr,
@@ -111,7 +118,8 @@ def backward_data(
     It is the convolution once more: the gradient of the output, which `prepared` (N, H, W, pitch)
     holds as prepare.py writes it, is the only source, and the taps come in reverse. `weight` is
     (kh, kw, pitch, channels), where zeros fill the last block of every source and the channels
-    behind the last output. `sums` is (programs of axis 0, 2, sum C_i): of m x gy and of m gy.
+    behind the last output. ALIGNED holds of the sources and of their gradients. `sums` is
+    (programs of axis 0, 2, sum C_i): of m x gy and of m gy.
     """
     tiles = tl.cdiv(H * W, PIXELS)
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -120,11 +128,16 @@ def backward_data(
         first = first.to(tl.int64)
     first *= PIXELS
     p = first + tl.arange(0, PIXELS)
-    inside = p < H * W
+    pixels_inside = H * W
+    if LAYOUT == PLANES:
+        pixels_inside = tl.multiple_of(pixels_inside, ALIGNED)
+    inside = p < pixels_inside
 
     block = tl.program_id(1)
     s = source_of(sources, block)
     channels = number(sources, s, CHANNELS).to(tl.int32)
+    if LAYOUT == CHANNELS_LAST:
+        channels = tl.multiple_of(channels, ALIGNED)
     start = number(sources, s, START)
     c = (block - number(sources, s, FIRST_BLOCK).to(tl.int32)) * (BLOCK + REST)
     c_rest = c + BLOCK + tl.arange(0, REST if REST > 0 else 1)
@@ -168,13 +181,21 @@ def backward_data(
     grad = number(sources, s, GRAD)
     wanted = grad != 0
     grad = grad.to(tl.pointer_type(dtype)) + n * number(sources, s, GRAD_STRIDE_N)
+    item_bits: tl.constexpr = dtype.primitive_bitwidth
+    x = tl.multiple_of(x, ALIGNED * item_bits // 8)
+    grad = tl.multiple_of(grad, ALIGNED * item_bits // 8)
     grad_stride_c = number(sources, s, GRAD_STRIDE_C)
     pixels = pixel_offsets(
-        p, W, number(sources, s, GRAD_STRIDE_H), number(sources, s, GRAD_STRIDE_W), GRAD_LAYOUT, 1
+        p,
+        W,
+        number(sources, s, GRAD_STRIDE_H),
+        number(sources, s, GRAD_STRIDE_W),
+        GRAD_LAYOUT,
+        ALIGNED,
     )
     stride_c = number(sources, s, STRIDE_C)
     offsets = pixel_offsets(
-        p, W, number(sources, s, STRIDE_H), number(sources, s, STRIDE_W), LAYOUT, 1
+        p, W, number(sources, s, STRIDE_H), number(sources, s, STRIDE_W), LAYOUT, ALIGNED
     )
     if AFFINE:
         scale += start
@@ -200,6 +221,7 @@ def backward_data(
             pixels,
             LAYOUT,
             GRAD_LAYOUT,
+            ALIGNED,
             AFFINE,
             RELU,
         )
@@ -221,6 +243,7 @@ def backward_data(
         pixels,
         LAYOUT,
         GRAD_LAYOUT,
+        ALIGNED,
         AFFINE,
         RELU,
     )
