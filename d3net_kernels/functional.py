@@ -60,7 +60,6 @@ def multidilated_conv2d(
         return reference.multidilated_conv2d(
             sources, weight, bias, dilations=pairs, scale=scale, shift=shift, relu=relu
         )
-    by_triton = forced == "triton" if forced else backends.redirected(sources)
-    operators = ops.TRITON if by_triton else ops.DEFAULT
+    operators = ops.TRITON if forced == "triton" else ops.DEFAULT
     out: Tensor = operators.multidilated_conv2d(sources, weight, bias, flat, scale, shift, relu)
     return out

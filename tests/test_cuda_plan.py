@@ -93,6 +93,23 @@ def test_tile_has_least_padding(outputs: int, tile: str) -> None:
     assert f"tensor_forward_relu_{tile}_bfloat16" in record(half(out_channels=outputs)).kernels()
 
 
+def test_a_plan_can_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D3NET_KERNELS_CUDA_PLAN", "tiles=2,parts=3")
+    launches = record(half(out_channels=36)).launches
+    assert "tensor_forward_relu_2x8_bfloat16" in {kernel for kernel, *_ in launches}
+    (blocks,) = (blocks for kernel, blocks, *_ in launches if kernel.startswith("tensor_weight"))
+    assert blocks == 3 * 3  # 20 and 9 channels are three chunks
+
+
+@pytest.mark.parametrize(
+    "plan", ["tiles=6", "tiles=0", "tiles", "parts=", "parts=-1", "parts=2x", "rows=4", "tiles=1,,"]
+)
+def test_a_plan_that_makes_no_sense(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D3NET_KERNELS_CUDA_PLAN", plan)
+    with pytest.raises(RuntimeError, match=f'is "{plan}"; accepted are tiles=1 to tiles=5'):
+        record(half())
+
+
 def test_blocks_cover_the_map_once() -> None:
     launches = record(half(size=(3, 13, 132), out_channels=72, needs=())).launches
     (blocks,) = (blocks for kernel, blocks, *_ in launches if kernel.startswith("tensor_forward"))

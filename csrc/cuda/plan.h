@@ -1,9 +1,13 @@
-// How the work is cut: pure functions of (shape, dtype, architecture), free of CUDA, for unit
-// tests.
+// How the work is cut: functions of (shape, dtype, architecture) alone, but for what the
+// environment variable D3NET_KERNELS_CUDA_PLAN fixes; free of CUDA, for unit tests.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "geometry.h"
@@ -17,6 +21,37 @@ struct Arch {
   int multiprocessors = 108;
 };
 
+/// What a user may fix to tune for a GPU; 0: chosen here.
+struct Tuning {
+  int tiles = 0;      // of 8 outputs a block of the tensor-core convolutions, 1 to kMostTiles
+  int64_t parts = 0;  // of the map in a weight gradient
+};
+
+/// Of a text such as "tiles=3,parts=8"; null or empty: nothing fixed.
+inline Tuning tuning_of(const char* text) {
+  Tuning tuning;
+  std::istringstream entries(text ? text : "");
+  for (std::string entry; std::getline(entries, entry, ',');) {
+    const size_t equals = std::min(entry.find('='), entry.size());
+    const std::string name = entry.substr(0, equals);
+    const char* digits = entry.c_str() + std::min(equals + 1, entry.size());
+    char* end = nullptr;
+    const int64_t value = std::strtoll(digits, &end, 10);
+    const bool number = *digits && !*end && value >= 1;
+    if (number && name == "tiles" && value <= kMostTiles)
+      tuning.tiles = static_cast<int>(value);
+    else if (number && name == "parts")
+      tuning.parts = value;
+    else
+      throw std::runtime_error("D3NET_KERNELS_CUDA_PLAN is \"" + std::string(text) +
+                               "\"; accepted are tiles=1 to tiles=" + std::to_string(kMostTiles) +
+                               " and parts=1 or more, separated by a comma");
+  }
+  return tuning;
+}
+
+inline Tuning tuning() { return tuning_of(std::getenv("D3NET_KERNELS_CUDA_PLAN")); }
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
@@ -27,7 +62,8 @@ inline int64_t direct_gradient_parts(const Problem& p, const Arch& arch) {
   const int64_t groups = p.in_channels * divide_up(taps, kGradientTaps) + 1;
   const int64_t blocks = groups * divide_up(p.out_channels, kGradientOutputs);
   const int64_t rows = p.batch * p.height;
-  const int64_t wanted = divide_up(int64_t{8} * arch.multiprocessors, blocks);
+  const int64_t fixed = tuning().parts;
+  const int64_t wanted = fixed ? fixed : divide_up(int64_t{8} * arch.multiprocessors, blocks);
   const int64_t fewest_pixels = 8 * kDirectThreads;
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, rows * p.width / fewest_pixels));
 }
@@ -65,6 +101,7 @@ constexpr TensorTile kTensorTiles[] = {{1, 8}, {2, 8}, {3, 6}, {4, 4}, {5, 4}};
 
 /// Blocks of outputs: as few columns of padding as possible, then as few blocks as possible.
 inline int tensor_tiles(const std::vector<int64_t>& channels) {
+  if (const int fixed = tuning().tiles) return fixed;
   int best = 1;
   int64_t least = -1;
   for (int tiles = kMostTiles; tiles >= 1; --tiles) {
@@ -130,7 +167,8 @@ inline void set_walks(WeightJob& job, int64_t dilation, int64_t height) {
 
 /// Parts of the map for the tensor-core weight gradient: as many as fill the device in one wave.
 inline int64_t tensor_gradient_parts(int64_t jobs, int64_t steps, const Arch& arch) {
-  return std::clamp<int64_t>(int64_t{2} * arch.multiprocessors / jobs, 1, steps);
+  const int64_t fixed = tuning().parts;
+  return std::clamp<int64_t>(fixed ? fixed : int64_t{2} * arch.multiprocessors / jobs, 1, steps);
 }
 
 }  // namespace d3net::cuda

@@ -28,7 +28,6 @@ class WeightBlock {
 
   __device__ void run() {
     const int part = blockIdx.x / p_.num_jobs;
-    zero_unused_outputs();
     if (stages()) psi_.load(p_.coefficients, job_.chunk, half());
     const int64_t walks = int64_t{p_.batch} * p_.tiles_w * job_.remainders;
     const int64_t steps = job_.live ? walks * job_.steps : 0;
@@ -116,7 +115,8 @@ class WeightBlock {
     return ring_ + 2 * kRingHalf * 16 + (step & 1) * 8 * N * kGradientPitch;
   }
 
-  /// A step's rows of the gradient to shared memory, zeros right of the map.
+  /// A step's rows of the gradient to shared memory, zeros right of the map. What is missing from
+  /// the last tile of 8 outputs stays as it is: nobody reads its sums.
   __device__ void copy_gradient(int step) const {
     if (threadIdx.x >= kStaging) {
       if (p_.wide_loads)
@@ -138,8 +138,8 @@ class WeightBlock {
     const T* from = static_cast<const T*>(g.data);
     if (inside)
       from += n_ * g.stride_n + (job_.first_output + first) * g.stride_c + h * g.stride_h + w;
-    uint32_t to = gradient_buffer(step) + first * kGradientPitch +
-                  (row * kColumns + vector * kPixels) * 2;
+    uint32_t to =
+        gradient_buffer(step) + first * kGradientPitch + (row * kColumns + vector * kPixels) * 2;
     for (int k = first; k < job_.outputs; k += apart) {
       if constexpr (kPixels == 8)
         ptx::copy_async_16(to, from, inside ? 16 : 0);
@@ -148,14 +148,6 @@ class WeightBlock {
       if (inside) from += apart * g.stride_c;
       to += apart * kGradientPitch;
     }
-  }
-
-  /// The last tile of 8 outputs may have fewer: nobody copies the others.
-  __device__ void zero_unused_outputs() const {
-    constexpr int slots = kGradientPitch / 16;
-    for (int i = job_.outputs * slots + threadIdx.x; i < 8 * N * slots; i += kWeightThreads)
-      for (int step = 0; step < 2; ++step)
-        ptx::store_16_bytes(gradient_buffer(step) + i * 16, {0, 0, 0, 0});
   }
 
   /// sums_ += the step's rows of the gradient times the rows of psi(x) under the row of taps.
@@ -167,14 +159,12 @@ class WeightBlock {
     const int in_ring = kWeightRows * step + row + tap_row * min(job_.row_dilation, kWeightRows);
     const int lane = threadIdx.x % 32;
     // Matrices of a fragment of psi(x): {channels low, high} x {pixels low, high}, transposed.
-    const uint32_t pixels = ring_ + (lane / 8 % 2 * kRingHalf +
-                                     (in_ring & (kRingRows - 1)) * kRingPitch +
-                                     (job_.taps == 1 ? 0 : -job_.column) + lane / 16 * 8 +
-                                     lane % 8) *
-                                        16;
+    const uint32_t pixels =
+        ring_ + (lane / 8 % 2 * kRingHalf + (in_ring & (kRingRows - 1)) * kRingPitch +
+                 (job_.taps == 1 ? 0 : -job_.column) + lane / 16 * 8 + lane % 8) *
+                    16;
     // Of the gradient: {pixels low, high} x {outputs of two tiles}.
-    const uint32_t gradient = gradient_buffer(step) +
-                              (lane / 16 * 8 + lane % 8) * kGradientPitch +
+    const uint32_t gradient = gradient_buffer(step) + (lane / 16 * 8 + lane % 8) * kGradientPitch +
                               (row * kColumns + lane / 8 % 2 * 8) * 2;
     with_number<N>((job_.outputs + 7) / 8 - 1, [&](auto last) {
       constexpr int tiles = last.value + 1;
@@ -249,14 +239,13 @@ class WeightBlock {
           const int k = j * 8 + lane % 4 * 2 + e % 2, channel = lane / 4 + e / 2 * 8;
 #pragma unroll
           for (int tap = 0; tap < 3; ++tap)
-            if (tap < taps)
-              add(k * pitch + (channel * 3 + tap_row) * taps + tap, sums_[tap][j][e]);
+            if (tap < taps) add(k * pitch + (channel * 3 + tap_row) * taps + tap, sums_[tap][j][e]);
           if (tap_row == 1 && channel == 0) add(k * pitch + pitch - 1, sums_[3][j][e]);
         }
     }
     __syncthreads();
-    float* to = p_.partial + (static_cast<int64_t>(part) * p_.outputs + job_.first_output) *
-                                 p_.columns;
+    float* to =
+        p_.partial + (static_cast<int64_t>(part) * p_.outputs + job_.first_output) * p_.columns;
     const int values = job_.channels * 3 * taps;
     for (int k = warp; k < job_.outputs; k += kWeightWarps) {
       float* row = to + k * p_.columns;

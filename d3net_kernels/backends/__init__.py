@@ -1,9 +1,10 @@
 """Which implementation serves a call: chosen by the dispatcher, or forced by the user.
 
 Left alone, torch's dispatcher picks the compiled kernel for the tensors' device, for CUDA tensors
-that have none, or for whose GPU it was not compiled, Triton's, and falls back to the plain torch
-kernels of `composite`. `use_backend` or D3NET_KERNELS_BACKEND force one backend and turn its
-absence into an error; "reference" is plain torch with plain torch autograd.
+without one Triton's, and falls back to the plain torch kernels of `composite`. A GPU that the
+compiled kernels have no code for is served by Triton's or by plain torch too. `use_backend` or
+D3NET_KERNELS_BACKEND force one backend and turn its absence into an error; "reference" is plain
+torch with plain torch autograd.
 """
 
 from __future__ import annotations
@@ -78,28 +79,30 @@ def why_not(backend: str, *tensors: Tensor) -> str | None:
 
 
 def forced_for(tensors: Sequence[Tensor]) -> str | None:
-    """The backend that the user asks for, if any; raises where it cannot serve `tensors`."""
+    """The backend that the user asks for, if any; raises where it cannot serve `tensors`.
+
+    Where nobody asks: what serves a GPU that the compiled CUDA kernels have no code for.
+    """
     if _forced is None:
-        return None
+        return _instead_of_cuda(tensors)
     if _forced not in _PREDICATES:
         raise ValueError(f"D3NET_KERNELS_BACKEND is {_forced!r}; accepted are {', '.join(NAMES)}")
     _require(_forced, tensors)
     return _forced
 
 
-def redirected(tensors: Sequence[Tensor]) -> bool:
-    """Whether Triton has to serve because the compiled CUDA kernels, though loaded, cannot."""
-    if _binary.cuda_missing is not None or not tensors[0].is_cuda:
-        return False
-    return _redirected_on(tensors[0].device.index, len(tensors))
-
-
-@torch.compiler.assume_constant_result
-def _redirected_on(device: int, sources: int) -> bool:
-    """A constant of the machine: torch.compile need not look inside."""
-    if cuda.why_not_on(device) is None or sources > triton.MOST_SOURCES:
-        return False
-    return triton.why_not(()) is None and triton.why_not_on(device) is None
+def _instead_of_cuda(tensors: Sequence[Tensor]) -> str | None:
+    # torch.compile must not trace questions to the driver: there the kernel itself refuses.
+    device = tensors[0].device
+    if device.type != "cuda" or _binary.cuda_missing or torch.compiler.is_compiling():
+        return None
+    reason = cuda.no_code_for(device.index)
+    if reason is None:
+        return None
+    if triton.why_not(tensors) is None:
+        return "triton"
+    _binary.warn_once(reason)
+    return "reference"
 
 
 def _require(name: str, tensors: Sequence[Tensor]) -> None:

@@ -134,9 +134,9 @@ def useful_macs(shape: Shape) -> int:
 def compulsory_bytes(shape: Shape, operation: str, element_bytes: int) -> int:
     """What an operation has to read and to write, once each.
 
-    Forward: sources, weight, output. backward_data: grad_output, weight, the sources (for psi) and
-    their gradients. backward_weight: sources, grad_output, the weight's gradient. Scale, shift, bias
-    and their gradients in float32.
+    forward: sources, weight, output. backward_data: grad_output, weight, the sources (for psi) and
+    their gradients. backward_weight: sources, grad_output, the weight's gradient. Scale, shift,
+    bias and their gradients in float32.
     """
     channels, pixels = sum(shape.group_channels), shape.height * shape.width
     maps = {"forward": 1, "backward_data": 2, "backward_weight": 1}[operation] * channels

@@ -1,6 +1,7 @@
 // C interface to csrc/cuda/program.cpp for cuda_program.py: the launches go to callbacks.
 #include <cstdint>
-#include <vector>
+#include <exception>
+#include <string>
 
 #include "cuda/program.h"
 
@@ -43,20 +44,47 @@ struct Call {
   Launch launch;
 };
 
-void program_forward(const Call* call, const View* out, const Moments* moments) {
-  Callbacks device(call->arch, call->allocate, call->launch);
-  forward(device, call->problem, call->coefficients, *out, *moments);
+}  // extern "C"
+
+namespace {
+
+template <class F>
+const char* guarded(const Call* call, F&& run) {
+  static std::string words;
+  try {
+    Callbacks device(call->arch, call->allocate, call->launch);
+    run(device);
+  } catch (const std::exception& error) {
+    words = error.what();
+    return words.c_str();
+  }
+  return nullptr;
 }
 
-void program_backward_data(const Call* call, const View* gradient, const View* grad_inputs,
-                           const Coefficients* sums) {
-  Callbacks device(call->arch, call->allocate, call->launch);
-  backward_data(device, call->problem, call->coefficients, *gradient, grad_inputs, *sums);
+}  // namespace
+
+extern "C" {
+
+// All return null, or what went wrong.
+
+const char* program_forward(const Call* call, const View* out, const Moments* moments) {
+  return guarded(call, [&](Device& device) {
+    forward(device, call->problem, call->coefficients, *out, *moments);
+  });
 }
 
-void program_backward_weight(const Call* call, const View* gradient, void* weight, void* bias) {
-  Callbacks device(call->arch, call->allocate, call->launch);
-  backward_weight(device, call->problem, call->coefficients, *gradient, weight, bias);
+const char* program_backward_data(const Call* call, const View* gradient, const View* grad_inputs,
+                                  const Coefficients* sums) {
+  return guarded(call, [&](Device& device) {
+    backward_data(device, call->problem, call->coefficients, *gradient, grad_inputs, *sums);
+  });
+}
+
+const char* program_backward_weight(const Call* call, const View* gradient, void* weight,
+                                    void* bias) {
+  return guarded(call, [&](Device& device) {
+    backward_weight(device, call->problem, call->coefficients, *gradient, weight, bias);
+  });
 }
 
 }  // extern "C"

@@ -261,9 +261,13 @@ class _Call:
         by_reference = [
             ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments
         ]
-        getattr(self._library, f"program_{operation}")(ctypes.byref(self._call), *by_reference)
+        run = getattr(self._library, f"program_{operation}")
+        run.restype = ctypes.c_char_p
+        refusal = run(ctypes.byref(self._call), *by_reference)
         if self._error:
             raise self._error
+        if refusal is not None:
+            raise RuntimeError(refusal.decode())
 
     def _placed(self, name: str, t: Tensor) -> Tensor:
         """A copy of `t` and of what lies between its elements."""

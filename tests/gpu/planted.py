@@ -79,7 +79,7 @@ BUGS = [
                 "for (auto& raw : raw_[pass]) raw = uint2{0, 0};\n"
                 "        if (!inside_[pass]) continue;",
             ),
-            Change("tensor.cuh", "if (inside_[pass]) {", "if (true) {"),
+            Change("tensor.cuh", "if (inside_[pass])\n", "if (true)\n"),
         ),
     ),
     Bug(
@@ -95,6 +95,44 @@ BUGS = [
     Bug(
         "swapped_halves",
         (Change("tensor.cuh", "(i % 2 ? two & 0xffff0000u", "(i % 2 == 0 ? two & 0xffff0000u"),),
+    ),
+]
+
+
+WEIGHT_BUGS = [
+    Bug(
+        "missing_syncthreads_between_walks",
+        (Change("tensor_weight.cuh", "__syncthreads();  // the next walk begins with other rows"),),
+        "no barrier between them",
+    ),
+    Bug(
+        "missing_syncthreads_between_steps",
+        (
+            Change(
+                "tensor_weight.cuh",
+                "wait_for_copies();\n      __syncthreads();",
+                "wait_for_copies();",
+            ),
+        ),
+        "no barrier between them",
+    ),
+    Bug(
+        "missing_wait_for_gradient",
+        (Change("tensor_weight.cuh", "ptx::wait_for_copies();"),),
+        "a wait is missing or too weak",
+    ),
+    Bug(
+        "ring_too_short",
+        (Change("geometry.h", "kRingRows = 4 * kWeightRows;", "kRingRows = 2 * kWeightRows;"),),
+        "no barrier between them",
+    ),
+    Bug(
+        "row_of_another_remainder",
+        (Change("tensor_weight.cuh", "first_row_ + row < job_.stride && h", "h"),),
+    ),
+    Bug(
+        "gradient_beyond_the_map",
+        (Change("tensor_weight.cuh", "inside ? 8 : 0", "8"),),
     ),
 ]
 

@@ -1,7 +1,9 @@
 """What the kernels need and do, without a GPU, against a checked-in budget.
 
-    python -m tests.gpu.report            table of everything, and what exceeds the budget
-    python -m tests.gpu.report --update   makes the present figures the budget
+    python -m tests.gpu.report                table of everything, and what exceeds the budget
+    python -m tests.gpu.report --update       makes that the budget, and the saved table
+    python -m tests.gpu.report --later-archs  static figures of more architectures
+    python -m tests.gpu.report --family "triton sm_80"  only these
 
 "static" figures come from ptxas, "counted" ones from emulated PTX. Nothing here is measured.
 A family of kernels joins by an entry in families().
@@ -27,14 +29,21 @@ from d3net_kernels import numerics
 
 from .bounds import GPUS, Gpu, bounds, composition_bytes, compulsory_bytes, ideal
 from .counters import Counters
-from .cuda_program import CSRC, Executed, Program
-from .toolchain import Resources, compile_ptx, resources
+from .cuda_program import Executed, Program
+from .static import (
+    ARCHS,
+    LATER_ARCHS,
+    Static,
+    blocks_an_sm,
+    spilling,
+    static_figures,
+    static_table,
+)
+from .toolchain import Resources
 
 BUDGET = Path(__file__).with_name("budget.json")
-ARCHS = ("sm_80", "sm_90")
+TABLE = Path(__file__).parents[2] / "benchmarks" / "saved" / "gpu-counted.md"
 _ELEMENT_BYTES = 2
-_SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10}  # of an SM
-_RESERVED_SHARED = 1 << 10  # of a block, by the system
 
 
 @dataclass(frozen=True)
@@ -138,9 +147,6 @@ def cuda_family(case: Case) -> list[Launched]:
     return [Launched(kernel, *launch.launches[kernel], launch.counters[kernel])]
 
 
-Static = Mapping[str, Mapping[str, Resources]]
-"""Resources by kernel and architecture."""
-
 Family = Callable[[Case], list[Launched]]
 """What executes a case: its kernels, one after the other."""
 
@@ -152,18 +158,6 @@ def families() -> dict[str, Family]:
         from .triton_family import family
 
         found |= {f"triton {arch}": family(arch) for arch in ARCHS}
-    return found
-
-
-def static_figures(archs: Iterable[str] = ARCHS) -> dict[str, dict[str, Resources]]:
-    """Resources of every kernel of csrc/cuda: by kernel and architecture."""
-    found: dict[str, dict[str, Resources]] = {}
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
-        for arch in archs:
-            ptx = compile_ptx(source, arch, includes=[CSRC])
-            if ".entry" in ptx:
-                for kernel, figures in resources(ptx, arch).items():
-                    found.setdefault(kernel, {})[arch] = figures
     return found
 
 
@@ -199,13 +193,6 @@ def counted_figures(case: Case, launched: Sequence[Launched]) -> dict[str, float
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def blocks_an_sm(figures: Resources, launched: Launched, arch: str) -> int:
-    """Blocks of a kernel that fit on an SM: by registers, shared memory and threads."""
-    registers = (figures.registers + 7) // 8 * 8 * launched.threads
-    shared = figures.shared + launched.dynamic_shared + _RESERVED_SHARED
-    return min(65536 // registers, _SHARED_BYTES[arch] // shared, 2048 // launched.threads, 32)
-
-
 def exceeded(
     budget: Mapping[str, Any],
     static: Static,
@@ -233,19 +220,6 @@ def exceeded(
     return problems
 
 
-def static_table(static: Static) -> str:
-    """Registers, spills, stack and static shared memory by kernel and architecture."""
-    lines = ["static, from ptxas: registers / spilled bytes / stack / shared", ""]
-    width = max(len(kernel) for kernel in static)
-    for kernel, by_arch in sorted(static.items()):
-        cells = [
-            f"{arch} {f.registers:4} {f.spill_stores + f.spill_loads:4} {f.stack:4} {f.shared:6}"
-            for arch, f in by_arch.items()
-        ]
-        lines.append(f"{kernel:{width}}  " + "   ".join(cells))
-    return "\n".join(lines)
-
-
 def case_table(case: Case, launched: Sequence[Launched], static: Static) -> str:
     """One case: its figures, its kernels and their bounds, and what plain torch would move."""
     counters, shape = sum((one.counters for one in launched), Counters()), case.shape
@@ -260,7 +234,8 @@ def case_table(case: Case, launched: Sequence[Launched], static: Static) -> str:
         + ", ".join(f"{name} {figures[name]:.3f}" for name in list(figures)[:4]),
         f"  mma {100 * kinds.get('mma', 0) / counters.issued():.1f} % of warp instructions; "
         f"bytes a pixel: {distinct / pixels:.0f} distinct, {compulsory / pixels:.0f} compulsory, "
-        f"{composition_bytes(shape, _ELEMENT_BYTES) / pixels:.0f} in unfused torch (from shapes)",
+        f"{composition_bytes(shape, _ELEMENT_BYTES) / pixels:.0f} in the forward pass of unfused "
+        "torch (from shapes)",
     ]
     for one in launched:
         for arch, used in {**static.get(one.kernel, {}), **one.compiled}.items():
@@ -268,7 +243,7 @@ def case_table(case: Case, launched: Sequence[Launched], static: Static) -> str:
                 f"  {one.kernel} {arch}: {used.registers} registers, "
                 f"{used.spill_stores + used.spill_loads} bytes spilled, "
                 f"{one.dynamic_shared} B dynamic shared, "
-                f"{blocks_an_sm(used, one, arch)} blocks an SM"
+                f"{blocks_an_sm(used, one.threads, one.dynamic_shared, arch)} blocks an SM"
             )
     for gpu in GPUS:
         times = bound(launched, gpu)
@@ -299,23 +274,61 @@ def side_by_side(counted: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def saved_table(static: str, cases: Iterable[str]) -> str:
+    """What --update keeps beside the timed runs."""
+    return "\n".join(
+        [
+            "# The GPU kernels without a GPU",
+            "",
+            "Written by `make gpu-report ARGS=--update`. Nothing here is measured: counts are",
+            "**counted on emulated PTX** (bfloat16, strips of the layers of D3Net; of the CUDA",
+            "kernels that of sm_80),",
+            "registers and occupancy are **static**, of ptxas. A bound says that no counted",
+            "resource forbids this time; a ratio of bounds is no speed.",
+            "",
+            "```",
+            static,
+            *(f"\n{case}" for case in cases),
+            "```",
+            "",
+        ]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--update", action="store_true", help="make these figures the budget")
-    parser.add_argument("--family", choices=list(families()), help="count only this one")
+    parser.add_argument("--later-archs", action="store_true", help=", ".join(LATER_ARCHS))
+    parser.add_argument("--family", choices=list(families()), help="only this one")
     arguments = parser.parse_args()
-    static = static_figures() if arguments.family in (None, "cuda") else {}
-    if static:
-        print(static_table(static), flush=True)
-    counted = {}
+    counted: dict[str, dict[str, float]] = {}
+    launches: list[tuple[str, Case, list[Launched]]] = []
     for family, execute in families().items():
         for case in CASES if arguments.family in (None, family) else ():
             launched = execute(case)
             counted[f"{family} {case}"] = counted_figures(case, launched)
-            print(f"\n{family}, {case_table(case, launched, static)}", flush=True)
+            print(f"counted: {family}, {case}", flush=True)
+            launches.append((family, case, launched))
     budget = json.loads(BUDGET.read_text())
-    print("\n" + side_by_side(budget["counted"] | counted))
-    if arguments.update:
+    static = static_figures() if arguments.family in (None, "cuda") else {}
+    tables = [
+        f"{family}, {case_table(case, launched, static)}" for family, case, launched in launches
+    ]
+    tables.append(side_by_side(budget["counted"] | counted))
+    if static:
+        print("\n" + static_table(static))
+    print("\n" + "\n\n".join(tables), flush=True)
+    compiled = {
+        f"{family}, {case}, {one.kernel}": one.compiled
+        for family, case, launched in launches
+        for one in launched
+    }
+    problems = spilling(static | compiled)
+    if arguments.later_archs:
+        later = static_figures(LATER_ARCHS)
+        print("\n" + static_table(later), flush=True)
+        problems += spilling(later)
+    if arguments.update and not problems:
         if static:
             budget["static"] = {
                 kernel: {arch: asdict(f) for arch, f in by_arch.items()}
@@ -323,8 +336,10 @@ def main() -> int:
             }
         budget["counted"] |= counted
         BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
+        if arguments.family is None:
+            TABLE.write_text(saved_table(static_table(static), tables))
         return 0
-    problems = exceeded(budget, static, counted)
+    problems += exceeded(budget, static, counted)
     print("\n" + ("\n".join(problems) if problems else "Everything is within the budget."))
     return int(bool(problems))
 

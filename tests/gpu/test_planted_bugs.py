@@ -15,7 +15,7 @@ from d3net_kernels.numerics import Problem
 from . import toolchain
 from .cuda_program import Executed, Program
 from .module import Module, load
-from .planted import BUGS, NO_BUG, Bug, patched_csrc, single_kernel
+from .planted import BUGS, NO_BUG, WEIGHT_BUGS, Bug, patched_csrc, single_kernel
 from .ptx.syntax import PtxError
 
 pytestmark = pytest.mark.skipif(
@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(
 
 KERNEL = "tensor_forward_relu_1x8_bfloat16"
 INSTANTIATION = f"D3NET_TENSOR_KERNEL({KERNEL}, d3net::cuda::bfloat16, 1, 8, true)"
+WEIGHT_KERNEL = "tensor_weight_relu_bfloat16"
+WEIGHT_INSTANTIATION = f"D3NET_TENSOR_WEIGHT_KERNEL({WEIGHT_KERNEL}, d3net::cuda::bfloat16, true)"
 ORDERS: list[dict[str, Any]] = [
     {},
     {"order": "reverse", "cp_async": "early", "blocks": "reverse"},
@@ -39,15 +41,25 @@ def ptx_with(bug: Bug) -> str:
     return toolchain.compile_ptx(source, "sm_80", includes=[csrc])
 
 
+@functools.cache
+def weight_ptx_with(bug: Bug) -> str:
+    csrc = patched_csrc(bug)
+    source = single_kernel(csrc, "tensor_weight", "planted_weight", WEIGHT_INSTANTIATION)
+    return toolchain.compile_ptx(source, "sm_80", includes=[csrc])
+
+
 class Replaced(Executed):
     """Executes one kernel from another module, with less shared memory if wanted."""
 
-    def __init__(self, module: Module, shared_fraction: int = 1, **options: Any) -> None:
+    def __init__(
+        self, module: Module, shared_fraction: int = 1, replaced: str = KERNEL, **options: Any
+    ) -> None:
         super().__init__(**options)
         self._module, self._fraction, self._given = module, shared_fraction, options
+        self._replaced = replaced
 
     def __call__(self, kernel: str, blocks: int, threads: int, shared: int, *rest: Any) -> None:
-        if kernel != KERNEL:
+        if kernel != self._replaced:
             super().__call__(kernel, blocks, threads, shared, *rest)
             return
         arguments, buffers = rest
@@ -130,6 +142,36 @@ def test_missing_synchronisation_shows_without_the_race_detector(
             except toolchain.engine().KernelError as error:  # the kernel ends before its copies do
                 caught |= "never waited for" in str(error)
     assert caught
+
+
+def weight_gradient_is_right(problem: Problem, module: Module) -> bool:
+    launch = Replaced(module, replaced=WEIGHT_KERNEL)
+    results = Program(launch).results(problem)
+    assert WEIGHT_KERNEL in launch.counters, "the host chose another kernel"
+    return all(ratio <= 1 for ratio in numerics.error_ratios(problem, results).values())
+
+
+@pytest.mark.parametrize("bug", [NO_BUG, *WEIGHT_BUGS], ids=lambda bug: bug.name)
+def test_bug_of_the_weight_gradient_is_caught(generator: torch.Generator, bug: Bug) -> None:
+    """Walks of several remainders, of which one is cut, and several walks a block, each of an odd
+    number of steps: the last one shares memory with the first of the next."""
+    problem = numerics.random_problem(
+        (16, 9),
+        7,
+        (2, 13, 76),
+        generator=generator,
+        dilations=(1, 3),
+        dtype=torch.bfloat16,
+        psi_dtype=torch.float32,
+    )
+    for name, t in problem.tensors().items():
+        t.requires_grad_(name in ("weight", "bias"))
+    module = load(weight_ptx_with(bug))
+    if bug.error:
+        with pytest.raises(toolchain.engine().KernelError, match=bug.error):
+            weight_gradient_is_right(problem, module)
+    else:
+        assert weight_gradient_is_right(problem, module) is (bug is NO_BUG)
 
 
 def test_too_little_shared_memory_is_caught(generator: torch.Generator) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks.shapes import Shape
 
-from . import report, toolchain
+from . import report, static, toolchain
 from .bounds import GPUS, bounds, composition_bytes, compulsory_bytes, ideal, useful_macs
 from .counters import Counters, InstructionCount, Traffic
-from .cuda_program import CSRC
 
 needs_compilers = pytest.mark.skipif(
     bool(toolchain.why_no_nvcc() or toolchain.why_no_engine()),
@@ -25,7 +26,14 @@ BUDGET = json.loads(report.BUDGET.read_text())
 def test_shapes_by_hand() -> None:
     """4 x 8 pixels: dilation 1 sees 4 + 2 * 3 rows of taps, dilation 4 only the middle one."""
     assert useful_macs(LAYER) == 6 * (3 * (4 + 6) * (8 + 14) + 2 * 4 * (8 + 8))
-    assert compulsory_bytes(LAYER, 2) == 2 * (5 * 32 + 6 * 32 + 9 * 5 * 6) + 4 * (10 + 6)
+    weights, output = 9 * 5 * 6, 6 * 32
+    for operation, maps, vectors in (
+        ("forward", 5 * 32 + output, 10 + 6),
+        ("backward_data", 2 * 5 * 32 + output, 20),
+        ("backward_weight", 5 * 32 + output, 10 + 6),
+    ):
+        expected = 2 * (maps + weights) + 4 * vectors
+        assert compulsory_bytes(LAYER, operation, 2) == expected
     assert composition_bytes(LAYER, 2) == 2 * (32 * (3 * 5 + 2 * 6 + 3 * 6) + 9 * 5 * 6)
 
 
@@ -45,7 +53,8 @@ def test_bounds_by_hand() -> None:
     assert times["issue"] == pytest.approx(1016 / 4 / (108 * 1.41))
     assert times["L2"] == pytest.approx(64 / 2 / (108 * 1.41))
     assert times["DRAM"] == pytest.approx(1)
-    assert ideal(LAYER, "bf16", 2, a100) == pytest.approx(compulsory_bytes(LAYER, 2) / 2039)
+    least = compulsory_bytes(LAYER, "forward", 2) / 2039
+    assert ideal(LAYER, "forward", "bf16", 2, a100) == pytest.approx(least)
 
 
 @pytest.mark.parametrize(("a", "read"), [("%rd1", 64 * 16 + 16 * 40), ("{%r1, %r2}", 16 * 40)])
@@ -75,16 +84,74 @@ def test_an_exceeded_budget_is_named() -> None:
     assert missing == ["unheard_of sm_80: no budget", "new case: no budget"]
 
 
+def test_a_spilling_kernel_is_named() -> None:
+    figures = toolchain.Resources(registers=255, spill_stores=8, spill_loads=4, stack=16, shared=0)
+    assert static.spilling({"k": {"sm_90": figures}}) == ["k sm_90: 12 bytes spilled, stack 16"]
+    clean = replace(figures, spill_stores=0, spill_loads=0, stack=0)
+    assert static.spilling({"k": {"sm_90": clean}}) == []
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "arch", "blocks"),
+    [
+        (255, 128, 0, "sm_80", 2),  # registers
+        (32, 128, 80 << 10, "sm_80", 2),  # shared memory
+        (32, 128, 80 << 10, "sm_89", 1),
+        (32, 512, 0, "sm_89", 3),  # threads
+        (16, 32, 0, "sm_80", 32),  # blocks
+    ],
+)
+def test_occupancy_by_hand(
+    registers: int, threads: int, shared: int, arch: str, blocks: int
+) -> None:
+    figures = toolchain.Resources(registers, spill_stores=0, spill_loads=0, stack=0, shared=0)
+    assert static.blocks_an_sm(figures, threads, shared, arch) == blocks
+
+
+@pytest.mark.skipif(
+    shutil.which(toolchain.host_compiler()) is None, reason="no C++ compiler for the host program"
+)
+def test_the_budget_holds_every_kernel_and_case() -> None:
+    """In it: every kernel of the host program on both architectures, without spills."""
+    sizes = static.launch_sizes()
+    assert set(BUDGET["static"]) == set(sizes)
+    for kernel, by_arch in BUDGET["static"].items():
+        assert set(by_arch) == set(static.ARCHS), kernel
+        figures = {arch: toolchain.Resources(**f) for arch, f in by_arch.items()}
+        assert static.spilling({kernel: figures}) == []
+        for arch, f in figures.items():
+            assert static.blocks_an_sm(f, *sizes[kernel], arch) >= 2, f"{kernel} {arch}"
+    cases = {f"cuda {case.name} {case.operation}" for case in report.CASES}
+    assert cases <= set(BUDGET["counted"])
+
+
+QUICK = ("common", "tensor_2x8_bfloat16", "tensor_weight_bfloat16")
+
+
 @needs_compilers
-def test_small_kernels_are_within_their_budget() -> None:
-    ptx = toolchain.compile_ptx(CSRC / "cuda" / "common.cu", "sm_80", includes=[CSRC])
-    static = {name: {"sm_80": r} for name, r in toolchain.resources(ptx, "sm_80").items()}
-    assert static
-    assert report.exceeded(BUDGET, static, {}) == []
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+        for path in static.kernel_sources()
+    ],
+)
+def test_kernels_are_within_their_budget(source: Path) -> None:
+    archs = static.ARCHS[:1] if source.stem in QUICK else static.ARCHS
+    figures = static.static_figures(archs, [source])
+    assert figures
+    assert static.spilling(figures) == []
+    assert report.exceeded(BUDGET, figures, {}) == []
 
 
 @needs_compilers
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", static.LATER_ARCHS)
+def test_no_kernel_spills_on_later_gpus(arch: str) -> None:
+    assert static.spilling(static.static_figures([arch])) == []
+
+
+@needs_compilers
 @pytest.mark.parametrize("case", report.CASES, ids=lambda case: f"{case.name}-{case.operation}")
 def test_case_is_within_its_budget(case: report.Case) -> None:
     figures = {f"cuda {case}": report.counted_figures(case, report.cuda_family(case))}

@@ -99,7 +99,7 @@ def test_same_bits_in_any_order(options: dict[str, Any], generator: torch.Genera
 @needs_engine
 def test_numbers_of_sources_make_few_kernels(generator: torch.Generator) -> None:
     """Channels, dilations and strides are no reason to compile, nor is one more source."""
-    texts = set()
+    texts: set[str] = set()
     for channels, dilations in (((5, 7, 6), None), ((16, 1, 3, 2), ((1, 3), 16, 2, 1))):
         case = grid.Case("", channels=channels, out_channels=6, dilations=dilations, needs=())
         problem = case.problem(generator)

@@ -116,12 +116,26 @@ def compile_ptx(
         raise CompilerError(why_no_nvcc())
     options = ["-std=c++20", "-ptx", f"-arch={arch}", "-lineinfo", *flags]
     options += [f"-D{define}" for define in defines]
-    key = digest([toolkit.version, *options], [source.parent, *includes, source])
+    key = digest([toolkit.version, *options], _with_headers(source, includes))
     options += [f"-I{path}" for path in includes]
     return cached(
         f"{source.stem}-{arch}-{key}.ptx",
         lambda out: run([toolkit.nvcc, *options, "-o", out, source], CUDA_HOME=str(toolkit.root)),
     ).read_text()
+
+
+def _with_headers(source: Path, includes: Sequence[Path]) -> list[Path]:
+    """A source file and the headers of the project that it comes to include."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            for folder in (path.parent, *includes):
+                header = (folder / name).resolve()
+                if header.exists():
+                    if header not in found:
+                        found.append(header)
+                    break
+    return found
 
 
 @dataclass(frozen=True)

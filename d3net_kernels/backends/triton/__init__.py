@@ -42,23 +42,11 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
             return f"a tensor is on {t.device}; the triton backend serves {wanted} tensors here"
         if t.dtype not in checks.ACCEPTED_DTYPES:
             return f"a tensor has dtype {t.dtype}, for which there is no kernel"
-    if wanted == "cuda":
-        devices = {t.device.index for t in tensors}
-        reason = next((reason for device in devices if (reason := why_not_on(device))), None)
-        if reason is not None:
-            return reason
+        if wanted == "cuda" and torch.version.hip is None:
+            capability = torch.cuda.get_device_capability(t.device)
+            if capability < OLDEST_CAPABILITY:
+                name, (major, minor) = torch.cuda.get_device_name(t.device), capability
+                return f"{name} is sm_{major}{minor}; the kernels need sm_80 or newer"
     if len(tensors) > MOST_SOURCES:
         return f"there are {len(tensors)} sources; the kernels take at most {MOST_SOURCES}"
     return None
-
-
-def why_not_on(device: int) -> str | None:
-    """The reason why the kernels cannot be compiled for a GPU, or None."""
-    if torch.version.hip is not None:
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= OLDEST_CAPABILITY:
-        return None
-    major, minor = capability
-    name = torch.cuda.get_device_name(device)
-    return f"{name} is sm_{major}{minor}; the kernels need sm_80 or newer"
