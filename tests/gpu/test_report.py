@@ -156,3 +156,17 @@ def test_no_kernel_spills_on_later_gpus(arch: str) -> None:
 def test_case_is_within_its_budget(case: report.Case) -> None:
     figures = {f"cuda {case}": report.counted_figures(case, report.cuda_family(case))}
     assert report.exceeded(BUDGET, {}, figures) == []
+
+
+@needs_compilers
+@pytest.mark.slow
+@pytest.mark.parametrize("case", report.CASES, ids=lambda case: f"{case.name}-{case.operation}")
+@pytest.mark.parametrize("arch", static.ARCHS)
+def test_triton_is_within_its_budget(case: report.Case, arch: str) -> None:
+    """As the installed version compiles it; the budget is that of triton 3.8."""
+    pytest.importorskip("triton", reason="pip install triton")
+    family = f"triton {arch}"
+    launched = report.families()[family](case)
+    assert static.spilling({one.kernel: one.compiled for one in launched}) == []
+    counted = {f"{family} {case}": report.counted_figures(case, launched)}
+    assert report.exceeded(BUDGET, {}, counted) == []
