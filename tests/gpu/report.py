@@ -193,6 +193,16 @@ def counted_figures(case: Case, launched: Sequence[Launched]) -> dict[str, float
     return {name: round(value, 4) for name, value in figures.items()}
 
 
+def spilled(launched: Iterable[Launched]) -> list[str]:
+    """Kernels compiled for a case that spill registers; their compiler may leave a stack frame."""
+    return [
+        f"{one.kernel} {arch}: {used.spill_stores + used.spill_loads} bytes spilled"
+        for one in launched
+        for arch, used in one.compiled.items()
+        if used.spill_stores or used.spill_loads
+    ]
+
+
 def exceeded(
     budget: Mapping[str, Any],
     static: Static,
@@ -318,12 +328,9 @@ def main() -> int:
     if static:
         print("\n" + static_table(static))
     print("\n" + "\n\n".join(tables), flush=True)
-    compiled = {
-        f"{family}, {case}, {one.kernel}": one.compiled
-        for family, case, launched in launches
-        for one in launched
-    }
-    problems = spilling(static | compiled)
+    problems = spilling(static)
+    for family, case, launched in launches:
+        problems += [f"{family}, {case}, {line}" for line in spilled(launched)]
     if arguments.later_archs:
         later = static_figures(LATER_ARCHS)
         print("\n" + static_table(later), flush=True)

@@ -167,6 +167,6 @@ def test_triton_is_within_its_budget(case: report.Case, arch: str) -> None:
     pytest.importorskip("triton", reason="pip install triton")
     family = f"triton {arch}"
     launched = report.families()[family](case)
-    assert static.spilling({one.kernel: one.compiled for one in launched}) == []
+    assert report.spilled(launched) == []
     counted = {f"{family} {case}": report.counted_figures(case, launched)}
     assert report.exceeded(BUDGET, {}, counted) == []
