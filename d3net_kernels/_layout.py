@@ -32,6 +32,19 @@ def empty_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty_strided((n, c, h, w), strides, dtype=like.dtype, device=like.device)
 
 
+def empty_gradients(inputs: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
+    """Memory for the gradients of the sources that are wanted; without elements for the others."""
+    return [
+        empty(x.shape, x) if is_wanted else x.new_empty(0)
+        for x, is_wanted in zip(inputs, wanted, strict=True)
+    ]
+
+
+def zero_weight_gradients(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias where the output has no element."""
+    return weight.new_zeros(weight.shape), weight.new_zeros(weight.shape[0])
+
+
 def hidden_pitch(growth: int, layers: int, out_layers: int) -> int:
     """Channels of a pixel of the features that a D2 block keeps and does not return.
 

@@ -118,10 +118,7 @@ def _fake_backward_data(
     relu: bool,
     wanted: Sequence[int],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    grad_inputs = [
-        _layout.empty(x.shape, x) if is_wanted else x.new_empty(0)
-        for x, is_wanted in zip(inputs, wanted, strict=True)
-    ]
+    grad_inputs = _layout.empty_gradients(inputs, wanted)
     if scale is None:
         return grad_inputs, weight.new_empty(0), weight.new_empty(0)
     return grad_inputs, scale.new_empty(scale.shape), scale.new_empty(scale.shape)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import d3net_kernels as dk
-from d3net_kernels import numerics, ops
-from d3net_kernels.backends.triton import configs, launch
+from d3net_kernels import numerics, ops, reference
+from d3net_kernels.backends.triton import configs, launch, prepared
 
 SMALL = grid.Case("", channels=(3, 2), out_channels=4, size=(2, 5, 6))
 
@@ -155,7 +155,25 @@ def test_wide_offsets(
     layout: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The 64-bit variant, which only tensors of more than 2**30 elements choose."""
-    monkeypatch.setattr(launch, "need_wide_offsets", lambda _: True)
+    for module in (launch, prepared):
+        monkeypatch.setattr(module, "need_wide_offsets", lambda _: True)
     case = grid.Case("", channels=(3, 2), size=(2, 5, 6), layout=layout, grad_layout=layout)
     problem = case.problem(generator)
     grid.assert_right(problem, grid.BACKENDS["triton"](problem))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_other", "mixed"])
+def test_prepared(layout: str, generator: torch.Generator) -> None:
+    """psi of the sources pixel by pixel, whole chunks of channels, zeros behind each source."""
+    case = grid.Case("", channels=(17, 3), size=(2, 5, 7), layout=layout)
+    problem = case.problem(generator)
+    psi = (problem.scale, problem.shift, problem.relu)
+    found = prepared.prepare(problem.inputs, 16, 70, *psi)
+    assert (found.starts, found.pitch) == ([0, 32], 80)
+    first = 0
+    expected = torch.zeros_like(found.image)
+    for start, x in zip(found.starts, problem.inputs, strict=True):
+        own = slice(first, first := first + x.shape[1])
+        scale, shift = problem.scale[own], problem.shift[own]
+        expected[:, start : start + x.shape[1]] = reference.psi(x, scale, shift, problem.relu)
+    torch.testing.assert_close(found.image, expected)

@@ -17,7 +17,8 @@ from d3net_kernels.__main__ import main
 
 pytest.importorskip("triton")
 
-from d3net_kernels.backends.triton import configs
+from d3net_kernels.backends.triton import configs, views
+from d3net_kernels.backends.triton.kernels import parts
 
 TESTS = Path(__file__).parent
 
@@ -140,10 +141,35 @@ def test_patch_columns(height: int, width: int) -> None:
     assert covered(columns) == min(covered(1 << i) for i in range(3, 7))
 
 
+def test_alignment() -> None:
+    """Runs of elements that one load may take, in a type of 2 bytes."""
+
+    def of(t: torch.Tensor) -> tuple[object, int]:
+        seen = [views.View.of(t)]
+        layout = views.layout_of(seen, t.shape[3])
+        return layout, views.alignment(seen, layout, t.shape[2] * t.shape[3], 2)
+
+    x = torch.zeros(2, 12, 4, 10, dtype=torch.bfloat16)
+    assert of(x) == (parts.PLANES, 8)
+    assert of(x[:, :, :3]) == (parts.PLANES, 2)  # 30 pixels
+    assert of(x[..., 1:]) == (parts.STRIDED, 1)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert of(last) == (parts.CHANNELS_LAST, 4)  # 12 channels
+    assert of(last[:, 2:10]) == (parts.CHANNELS_LAST, 2)  # which start at 4 bytes
+
+
+def test_channels_block() -> None:
+    """What the largest source fills, from 16 on, and no more than the configuration has."""
+    config = configs.Config(64, 64, 2, 2)
+    assert [configs.channels_block(config, [n, 1]) for n in (1, 13, 17, 36, 144)] == [
+        *(16, 16, 32, 64, 64)
+    ]
+
+
 def test_cache_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.json"
     assert configs.read(path) == {}
-    tuned = {"forward/bfloat16/40": configs.Config(128, 32, 4, 2)}
+    tuned = {"forward/bfloat16/48": configs.Config(128, 32, 4, 2)}
     configs.write(path, tuned)
     assert configs.read(path) == tuned
     configs.write(path, {})
@@ -158,10 +184,10 @@ def test_cache_round_trip(tmp_path: Path) -> None:
         "{",
         "[]",
         "\x00\x01",
-        '{"forward/bfloat16/40": {"pixels": 128}}',
-        '{"forward/bfloat16/40": {"pixels": 100, "channels": 16, "warps": 4, "stages": 2}}',
-        '{"forward/bfloat16/40": {"pixels": 128, "channels": 16, "warps": 4, "stages": "2"}}',
-        '{"forward/bfloat16/40": {"pixels": 128, "channels": -16, "warps": 4, "stages": 2}}',
+        '{"forward/bfloat16/48": {"pixels": 128}}',
+        '{"forward/bfloat16/48": {"pixels": 100, "channels": 16, "warps": 4, "stages": 2}}',
+        '{"forward/bfloat16/48": {"pixels": 128, "channels": 16, "warps": 4, "stages": "2"}}',
+        '{"forward/bfloat16/48": {"pixels": 128, "channels": -16, "warps": 4, "stages": 2}}',
     ],
 )
 def test_damaged_cache(text: str, tmp_path: Path) -> None:
@@ -186,7 +212,7 @@ def test_tuned_configuration_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     device = torch.device("cuda", 7)
     monkeypatch.setattr(configs, "cache_file", lambda _: tmp_path / "file.json")
     key = configs.Key("forward", "sm_90", torch.bfloat16, 36)
-    assert key.name == "forward/bfloat16/40"
+    assert key.name == "forward/bfloat16/48"
     numbers = {"pixels": 256, "channels": 32, "warps": 8, "stages": 2}
     (tmp_path / "file.json").write_text(json.dumps({key.name: numbers}))
     configs.tuned.cache_clear()

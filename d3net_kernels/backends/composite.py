@@ -83,24 +83,22 @@ def backward_data(
     wanted: Sequence[int],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_backward_data."""
-    grad_inputs, grad_scales, grad_shifts = [], [], []
+    grad_inputs = _layout.empty_gradients(inputs, wanted)
+    grad_scales, grad_shifts = [], []
     groups = _groups(inputs, weight, dilations, scale, shift)
-    for group, is_wanted in zip(groups, wanted, strict=True):
-        x = group.x
-        grad = x.new_empty(0)
-        if is_wanted or group.scale is not None:
-            grad = _grad_of_psi(group, grad_output)
-            if relu:
-                y = reference.psi(x, group.scale, group.shift, False)
-                grad = grad.masked_fill(y <= 0, 0)
+    for group, grad_input, is_wanted in zip(groups, grad_inputs, wanted, strict=True):
+        if not is_wanted and group.scale is None:
+            continue
+        x, grad = group.x, _grad_of_psi(group, grad_output)
+        if relu:
+            y = reference.psi(x, group.scale, group.shift, False)
+            grad = grad.masked_fill(y <= 0, 0)
         if group.scale is not None:
             grad_scales.append((grad * x).sum((0, 2, 3)).to(group.scale.dtype))
             grad_shifts.append(grad.sum((0, 2, 3)).to(group.scale.dtype))
             grad = grad * group.scale[:, None, None]
         if is_wanted:
-            grad_inputs.append(_layout.empty(x.shape, x).copy_(grad))
-        else:
-            grad_inputs.append(x.new_empty(0))
+            grad_input.copy_(grad)
     if scale is None:
         return grad_inputs, weight.new_empty(0), weight.new_empty(0)
     return grad_inputs, torch.cat(grad_scales), torch.cat(grad_shifts)
@@ -117,7 +115,7 @@ def backward_weight(
 ) -> tuple[Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_backward_weight."""
     if grad_output.numel() == 0:
-        return weight.new_zeros(weight.shape), weight.new_zeros(weight.shape[0])
+        return _layout.zero_weight_gradients(weight)
     grads = [
         conv2d_weight(
             reference.psi(group.x, group.scale, group.shift, relu),

@@ -6,6 +6,8 @@ on emulated PTX, not measured.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.shapes import Shape
@@ -18,6 +20,11 @@ _MACS = {  # of one warp instruction
     "mma.m16n8k4": 16 * 8 * 4,
     "mma.m8n8k4": 8 * 8 * 4,
 }
+# Of four warps: 64 x columns += 64 x 16 times 16 x columns, A in registers ("{") or, as B, shared.
+_WGMMA = re.compile(
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<columns>\d+)k16\.f32\.(?P<kind>bf16|f16)\.\S+"
+    r"\s*\{[^}]*\},\s*(?P<a>.)"
+)
 
 
 @dataclass(frozen=True)
@@ -63,22 +70,47 @@ GPUS = (
 )
 
 
-def bounds(counters: Counters, gpu: Gpu, compulsory_bytes: int) -> dict[str, float]:
-    """Nanoseconds a resource needs at least, with work spread evenly over the whole GPU."""
-    tensor = 0.0
-    for operation, number in counters.operations().items():
-        shape, _, kind = operation.rpartition(".")
+@dataclass(frozen=True)
+class _Products:
+    """Matrix instructions of one kind: multiply-adds, and bytes of operands in shared memory."""
+
+    kind: str
+    macs: int
+    shared_bytes: int
+    share_of_peak: float
+
+
+def _products(counters: Counters, gpu: Gpu) -> Iterator[_Products]:
+    """One entry for every matrix instruction of the PTX text."""
+    for i in counters.instructions:
+        shape, _, kind = i.operation.rpartition(".")
         if shape in _MACS:
-            rate = gpu.tensor[kind] * gpu.mma_share * 1e3  # operations a nanosecond
-            tensor += 2 * number * _MACS[shape] / rate
+            yield _Products(kind, i.issued * _MACS[shape], 0, gpu.mma_share)
+        elif i.operation == "wgmma":  # of four warps, each of which counts as one that issued it
+            found = _WGMMA.search(i.text)
+            assert found, i.text
+            columns, from_registers = int(found["columns"]), found["a"] == "{"
+            read = 16 * columns + (0 if from_registers else 64 * 16)
+            yield _Products(
+                found["kind"], i.issued * 16 * columns * 16, i.issued * 2 * read // 4, 1.0
+            )
+
+
+def bounds(counters: Counters, gpu: Gpu, dram_bytes: int) -> dict[str, float]:
+    """Nanoseconds a resource needs at least, with work spread evenly over the whole GPU."""
+    tensor = shared_bytes = 0.0
+    for product in _products(counters, gpu):
+        rate = gpu.tensor[product.kind] * product.share_of_peak * 1e3  # operations a nanosecond
+        tensor += 2 * product.macs / rate
+        shared_bytes += product.shared_bytes
     clocks = gpu.multiprocessors * gpu.clock  # of all SMs, a nanosecond
-    shared = counters.shared_traffic.units + counters.load_bytes / 128
+    shared = counters.shared_traffic.units + (counters.load_bytes + shared_bytes) / 128
     return {
         "tensor": tensor,
         "shared": shared / clocks,
         "issue": counters.issued() / 4 / clocks,
         "L2": counters.global_traffic.units / 2 / clocks,
-        "DRAM": compulsory_bytes / gpu.dram,
+        "DRAM": dram_bytes / gpu.dram,
     }
 
 

@@ -3,18 +3,21 @@
     python -m tests.gpu.report                table of everything, and what exceeds the budget
     python -m tests.gpu.report --update       makes that the budget, and the saved table
     python -m tests.gpu.report --later-archs  static figures of more architectures
+    python -m tests.gpu.report --family "triton sm_80"  only these
 
 "static" figures come from ptxas, "counted" ones from emulated PTX. Nothing here is measured.
-A family of kernels joins by an entry in FAMILIES.
+A family of kernels joins by an entry in families().
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from torch import Tensor
 from benchmarks.shapes import Shape, load_shapes
 from d3net_kernels import numerics
 
-from .bounds import GPUS, bounds, composition_bytes, compulsory_bytes, ideal
+from .bounds import GPUS, Gpu, bounds, composition_bytes, compulsory_bytes, ideal
 from .counters import Counters
 from .cuda_program import Executed, Program
 from .static import (
@@ -36,9 +39,10 @@ from .static import (
     static_figures,
     static_table,
 )
+from .toolchain import Resources
 
 BUDGET = Path(__file__).with_name("budget.json")
-TABLE = Path(__file__).parents[2] / "benchmarks" / "saved" / "gpu-counted.md"
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-counted.md"
 _ELEMENT_BYTES = 2
 
 
@@ -56,6 +60,30 @@ class Case:
         """The layer of shapes.json, cut."""
         (found,) = (s for s in load_shapes() if str(s) == self.layer)
         return replace(found, height=self.size[0], width=self.size[1])
+
+    def problem(self) -> numerics.Problem:
+        """It with random numbers; only what the operation needs requires a gradient."""
+        shape = self.shape
+        problem = numerics.random_problem(
+            shape.group_channels,
+            shape.c_out,
+            (1, *self.size),
+            generator=torch.Generator().manual_seed(0),
+            dilations=shape.dilations,
+            dtype=torch.bfloat16,
+            psi_dtype=torch.float32,
+        )
+        wanted = {
+            "forward": (),
+            "backward_data": ("inputs", "scale", "shift"),
+            "backward_weight": ("weight", "bias"),
+        }[self.operation]
+        for name, t in problem.tensors().items():
+            t.requires_grad_(name.split("[")[0] in wanted)
+        return problem
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.operation}"
 
 
 _S = "144+36+36+36->36 128x256"
@@ -76,12 +104,16 @@ CASES = (
 
 @dataclass(frozen=True)
 class Launched:
-    """One kernel of a case: its launch and what it did."""
+    """One kernel of a case: its launch and what it did.
+
+    `compiled` holds the resources of kernels that are compiled for the case, by architecture.
+    """
 
     kernel: str
     threads: int
     dynamic_shared: int
     counters: Counters
+    compiled: Mapping[str, Resources] = field(default_factory=dict)
 
 
 class _Recording(Executed):
@@ -104,56 +136,71 @@ class _Recording(Executed):
         super().__call__(kernel, blocks, threads, shared, arguments, buffers)
 
 
-def cuda_family(case: Case) -> Launched:
+def cuda_family(case: Case) -> list[Launched]:
     """The convolution kernel that csrc/cuda launches for a case."""
-    shape = case.shape
-    problem = numerics.random_problem(
-        shape.group_channels,
-        shape.c_out,
-        (1, *case.size),
-        generator=torch.Generator().manual_seed(0),
-        dilations=shape.dilations,
-        dtype=torch.bfloat16,
-        psi_dtype=torch.float32,
-    )
-    wanted = {
-        "forward": (),
-        "backward_data": ("inputs", "scale", "shift"),
-        "backward_weight": ("weight", "bias"),
-    }[case.operation]
-    for name, t in problem.tensors().items():
-        t.requires_grad_(name.split("[")[0] in wanted)
     launch = _Recording()
-    Program(launch).results(problem, moments=case.operation == "forward")
+    Program(launch).results(case.problem(), moments=case.operation == "forward")
     part = case.operation.removeprefix("backward_")
     (kernel,) = (
         name for name in launch.counters if name.startswith(("tensor_", "direct_")) and part in name
     )
-    return Launched(kernel, *launch.launches[kernel], launch.counters[kernel])
+    return [Launched(kernel, *launch.launches[kernel], launch.counters[kernel])]
 
 
-FAMILIES: dict[str, Callable[[Case], Launched]] = {"cuda": cuda_family}
-"""What executes a case, by name of the backend."""
+Family = Callable[[Case], list[Launched]]
+"""What executes a case: its kernels, one after the other."""
 
 
-def counted_figures(case: Case, launched: Launched) -> dict[str, float]:
+def families() -> dict[str, Family]:
+    """All by name; those of Triton where it is installed."""
+    found: dict[str, Family] = {"cuda": cuda_family}
+    if importlib.util.find_spec("triton") is not None:
+        from .triton_family import family
+
+        found |= {f"triton {arch}": family(arch) for arch in ARCHS}
+    return found
+
+
+def bound(launched: Iterable[Launched], gpu: Gpu) -> list[tuple[str, float]]:
+    """What binds every kernel, and its least nanoseconds; they run one after the other.
+
+    What a kernel reads and writes crosses DRAM once, also what the next one reads.
+    """
+    times = []
+    for one in launched:
+        by_resource = bounds(one.counters, gpu, one.counters.distinct_bytes)
+        binding = max(by_resource, key=lambda name: by_resource[name])
+        times.append((f"{one.kernel}, {binding} binds", by_resource[binding]))
+    return times
+
+
+def counted_figures(case: Case, launched: Sequence[Launched]) -> dict[str, float]:
     """What the budget holds for a case; ratios are to the ideal, 1 is best (and most, for mma)."""
-    counters, shape = launched.counters, case.shape
+    counters, shape = sum((one.counters for one in launched), Counters()), case.shape
     shared, through_l2 = counters.shared_traffic, counters.global_traffic
+    distinct = sum(one.counters.distinct_bytes for one in launched)
     figures = {
-        "distinct / compulsory bytes": counters.distinct_bytes
+        "distinct / compulsory bytes": distinct
         / compulsory_bytes(shape, case.operation, _ELEMENT_BYTES),
         "sectors / ideal": through_l2.units / max(1, through_l2.ideal),
         "wavefronts / ideal": shared.units / max(1, shared.ideal),
         "instructions a pixel": counters.issued() / (shape.height * shape.width),
     }
     for gpu in GPUS:
-        compulsory = compulsory_bytes(shape, case.operation, _ELEMENT_BYTES)
-        bound = max(bounds(counters, gpu, compulsory).values())
-        figures[f"bound / ideal bound {gpu.name}"] = bound / ideal(
-            shape, case.operation, "bf16", _ELEMENT_BYTES, gpu
-        )
+        least = ideal(shape, case.operation, "bf16", _ELEMENT_BYTES, gpu)
+        total = sum(time for _, time in bound(launched, gpu))
+        figures[f"bound / ideal bound {gpu.name}"] = total / least
     return {name: round(value, 4) for name, value in figures.items()}
+
+
+def spilled(launched: Iterable[Launched]) -> list[str]:
+    """Kernels compiled for a case that spill registers; their compiler may leave a stack frame."""
+    return [
+        f"{one.kernel} {arch}: {used.spill_stores + used.spill_loads} bytes spilled"
+        for one in launched
+        for arch, used in one.compiled.items()
+        if used.spill_stores or used.spill_loads
+    ]
 
 
 def exceeded(
@@ -183,41 +230,57 @@ def exceeded(
     return problems
 
 
-def case_table(case: Case, launched: Launched, static: Static) -> str:
-    """One case: its figures, its bounds on every GPU, and what plain torch would move."""
-    counters, shape = launched.counters, case.shape
+def case_table(case: Case, launched: Sequence[Launched], static: Static) -> str:
+    """One case: its figures, its kernels and their bounds, and what plain torch would move."""
+    counters, shape = sum((one.counters for one in launched), Counters()), case.shape
     pixels = shape.height * shape.width
-    compulsory = compulsory_bytes(shape, case.operation, _ELEMENT_BYTES)
     figures = counted_figures(case, launched)
     kinds = counters.by_kind()
+    distinct = sum(one.counters.distinct_bytes for one in launched)
+    compulsory = compulsory_bytes(shape, case.operation, _ELEMENT_BYTES)
     lines = [
-        f"{case.name}, {case.operation}: {shape} ({launched.kernel})",
+        f"{case}: {shape}",
         "  counted on emulated PTX: "
         + ", ".join(f"{name} {figures[name]:.3f}" for name in list(figures)[:4]),
         f"  mma {100 * kinds.get('mma', 0) / counters.issued():.1f} % of warp instructions; "
-        f"bytes a pixel: {counters.distinct_bytes / pixels:.0f} distinct, "
-        f"{compulsory / pixels:.0f} compulsory, "
+        f"bytes a pixel: {distinct / pixels:.0f} distinct, {compulsory / pixels:.0f} compulsory, "
         f"{composition_bytes(shape, _ELEMENT_BYTES) / pixels:.0f} in the forward pass of unfused "
         "torch (from shapes)",
     ]
-    fits = [
-        f"{arch} {blocks_an_sm(by_arch[arch], launched.threads, launched.dynamic_shared, arch)}"
-        for arch in ARCHS
-        if arch in (by_arch := static.get(launched.kernel, {}))
-    ]
-    if fits:
-        lines.append(
-            f"  dynamic shared {launched.dynamic_shared} B; blocks an SM: {', '.join(fits)}"
-        )
+    for one in launched:
+        for arch, used in {**static.get(one.kernel, {}), **one.compiled}.items():
+            lines.append(
+                f"  {one.kernel} {arch}: {used.registers} registers, "
+                f"{used.spill_stores + used.spill_loads} bytes spilled, "
+                f"{one.dynamic_shared} B dynamic shared, "
+                f"{blocks_an_sm(used, one.threads, one.dynamic_shared, arch)} blocks an SM"
+            )
     for gpu in GPUS:
-        times = bounds(counters, gpu, compulsory)
+        times = bound(launched, gpu)
         least = ideal(shape, case.operation, "bf16", _ELEMENT_BYTES, gpu)
-        binding = max(times, key=lambda name: times[name])
-        detail = ", ".join(f"{name} {t / pixels:.4f}" for name, t in times.items())
+        detail = "; ".join(f"{name} {time / pixels:.4f}" for name, time in times)
         lines.append(
-            f"  {gpu.name:8} ideal / counted bound {least / times[binding]:.2f} ({binding} binds); "
-            f"ns a pixel: ideal {least / pixels:.4f}, {detail}"
+            f"  {gpu.name:8} ideal / counted bound {least / sum(t for _, t in times):.2f}; "
+            f"ns a pixel: ideal {least / pixels:.4f}; {detail}"
         )
+    return "\n".join(lines)
+
+
+def side_by_side(counted: Mapping[str, Mapping[str, float]]) -> str:
+    """Ideal over counted bound of every family, case by case; 1 is best.
+
+    Families not counted this time come from the budget.
+    """
+    names = list(families())
+    lines = ["ideal / counted bound " + "".join(f"{name:>16}" for name in names)]
+    for case, gpu in itertools.product(CASES, GPUS):
+        cells = [
+            f"{1 / counted[key][f'bound / ideal bound {gpu.name}']:16.2f}"
+            if (key := f"{name} {case}") in counted
+            else f"{'-':>16}"
+            for name in names
+        ]
+        lines.append(f"{case!s:24} {gpu.name:9}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -228,7 +291,8 @@ def saved_table(static: str, cases: Iterable[str]) -> str:
             "# The GPU kernels without a GPU",
             "",
             "Written by `make gpu-report ARGS=--update`. Nothing here is measured: counts are",
-            "**counted on emulated PTX** (sm_80, bfloat16, strips of the layers of D3Net),",
+            "**counted on emulated PTX** (bfloat16, strips of the layers of D3Net; of the CUDA",
+            "kernels that of sm_80),",
             "registers and occupancy are **static**, of ptxas. A bound says that no counted",
             "resource forbids this time; a ratio of bounds is no speed.",
             "",
@@ -245,35 +309,44 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--update", action="store_true", help="make these figures the budget")
     parser.add_argument("--later-archs", action="store_true", help=", ".join(LATER_ARCHS))
+    parser.add_argument("--family", choices=list(families()), help="only this one")
     arguments = parser.parse_args()
     counted: dict[str, dict[str, float]] = {}
-    launches: list[tuple[Case, Launched]] = []
-    for family, execute in FAMILIES.items():
-        for case in CASES:
+    launches: list[tuple[str, Case, list[Launched]]] = []
+    for family, execute in families().items():
+        for case in CASES if arguments.family in (None, family) else ():
             launched = execute(case)
-            counted[f"{family} {case.name} {case.operation}"] = counted_figures(case, launched)
-            print(f"counted: {family}, {case.name}, {case.operation}", flush=True)
-            launches.append((case, launched))
-    static = static_figures()
-    tables = [case_table(case, launched, static) for case, launched in launches]
-    print("\n" + "\n\n".join([static_table(static), *tables]), flush=True)
+            counted[f"{family} {case}"] = counted_figures(case, launched)
+            print(f"counted: {family}, {case}", flush=True)
+            launches.append((family, case, launched))
+    budget = json.loads(BUDGET.read_text())
+    static = static_figures() if arguments.family in (None, "cuda") else {}
+    tables = [
+        f"{family}, {case_table(case, launched, static)}" for family, case, launched in launches
+    ]
+    tables.append(side_by_side(budget["counted"] | counted))
+    if static:
+        print("\n" + static_table(static))
+    print("\n" + "\n\n".join(tables), flush=True)
     problems = spilling(static)
+    for family, case, launched in launches:
+        problems += [f"{family}, {case}, {line}" for line in spilled(launched)]
     if arguments.later_archs:
         later = static_figures(LATER_ARCHS)
         print("\n" + static_table(later), flush=True)
         problems += spilling(later)
     if arguments.update and not problems:
-        budget = {
-            "static": {
+        if static:
+            budget["static"] = {
                 kernel: {arch: asdict(f) for arch, f in by_arch.items()}
                 for kernel, by_arch in sorted(static.items())
-            },
-            "counted": counted,
-        }
+            }
+        budget["counted"] |= counted
         BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
-        TABLE.write_text(saved_table(static_table(static), tables))
+        if arguments.family is None:
+            TABLE.write_text(saved_table(static_table(static), tables))
         return 0
-    problems += exceeded(json.loads(BUDGET.read_text()), static, counted)
+    problems += exceeded(budget, static, counted)
     print("\n" + ("\n".join(problems) if problems else "Everything is within the budget."))
     return int(bool(problems))
 

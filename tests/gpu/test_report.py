@@ -47,7 +47,7 @@ def test_bounds_by_hand() -> None:
             InstructionCount(3, "ld.shared", "ld.u32.4", 8, nothing, Traffic(8, 16, 8, 1024)),
         )
     )
-    times = bounds(counters, a100, compulsory_bytes=2039)
+    times = bounds(counters, a100, dram_bytes=2039)
     assert times["tensor"] == pytest.approx(2 * 1000 * 2048 / 312e3)
     assert times["shared"] == pytest.approx((16 + 1024 / 128) / (108 * 1.41))
     assert times["issue"] == pytest.approx(1016 / 4 / (108 * 1.41))
@@ -55,6 +55,19 @@ def test_bounds_by_hand() -> None:
     assert times["DRAM"] == pytest.approx(1)
     least = compulsory_bytes(LAYER, "forward", 2) / 2039
     assert ideal(LAYER, "forward", "bf16", 2, a100) == pytest.approx(least)
+
+
+@pytest.mark.parametrize(("a", "read"), [("%rd1", 64 * 16 + 16 * 40), ("{%r1, %r2}", 16 * 40)])
+def test_bounds_of_wgmma_by_hand(a: str, read: int) -> None:
+    """Ten of a warpgroup: four warps issue each, which reads its operands once for all of them."""
+    h100, nothing = GPUS[1], Traffic()
+    text = (
+        f"wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 {{%r3, %r4}}, {a}, %rd2, %p1, 1, 1;"
+    )
+    counters = Counters((InstructionCount(1, text, "wgmma", 40, nothing, nothing),))
+    times = bounds(counters, h100, dram_bytes=0)
+    assert times["tensor"] == pytest.approx(2 * 10 * 64 * 40 * 16 / 989e3)
+    assert times["shared"] == pytest.approx(10 * 2 * read / 128 / (132 * 1.83))
 
 
 def test_an_exceeded_budget_is_named() -> None:
@@ -141,6 +154,19 @@ def test_no_kernel_spills_on_later_gpus(arch: str) -> None:
 @needs_compilers
 @pytest.mark.parametrize("case", report.CASES, ids=lambda case: f"{case.name}-{case.operation}")
 def test_case_is_within_its_budget(case: report.Case) -> None:
-    launched = report.cuda_family(case)
-    figures = {f"cuda {case.name} {case.operation}": report.counted_figures(case, launched)}
+    figures = {f"cuda {case}": report.counted_figures(case, report.cuda_family(case))}
     assert report.exceeded(BUDGET, {}, figures) == []
+
+
+@needs_compilers
+@pytest.mark.slow
+@pytest.mark.parametrize("case", report.CASES, ids=lambda case: f"{case.name}-{case.operation}")
+@pytest.mark.parametrize("arch", static.ARCHS)
+def test_triton_is_within_its_budget(case: report.Case, arch: str) -> None:
+    """As the installed version compiles it; the budget is that of triton 3.8."""
+    pytest.importorskip("triton", reason="pip install triton")
+    family = f"triton {arch}"
+    launched = report.families()[family](case)
+    assert report.spilled(launched) == []
+    counted = {f"{family} {case}": report.counted_figures(case, launched)}
+    assert report.exceeded(BUDGET, {}, counted) == []

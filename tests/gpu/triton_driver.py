@@ -153,6 +153,11 @@ def emulated(arch: str, *, execute: bool = True, **options: Any) -> Iterator[Emu
             setattr(holder, name, value)
 
 
+def assembled_for(arch: str) -> str:
+    """What ptxas has to be told: "a" for wgmma, which Triton chooses on sm_90."""
+    return "sm_90a" if arch == "sm_90" else arch
+
+
 def _flat(kind: Any, argument: Any) -> list[Any]:
     """The kernel's parameters that come from one argument of this signature."""
     if kind == "constexpr":

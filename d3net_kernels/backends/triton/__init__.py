@@ -4,8 +4,8 @@ Where no compiled CUDA kernels are registered the dispatcher comes here with CUD
 ROCm's are too, to torch); elsewhere use_backend("triton") does. With TRITON_INTERPRET=1 Triton runs
 the kernels on CPU tensors, to be tested and debugged.
 
-dispatch.py registers, launch.py prepares and starts, kernels/ is what runs, configs.py says in
-which block sizes, tune.py finds better ones.
+dispatch.py registers, launch.py starts on what prepared.py has laid out, kernels/ is what runs,
+configs.py says in which block sizes, tune.py finds better ones.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +15,8 @@ from . import configs, interpreted
 from .kernels.backward_data import backward_data as backward_data_kernel
 from .kernels.backward_weight import backward_weight as backward_weight_kernel
 from .kernels.forward import forward as forward_kernel
-from .views import (
-    Source,
-    View,
-    alignment,
-    layout_of,
-    need_wide_offsets,
-    packed,
-    packed_sources,
-)
+from .prepared import Prepared, prepare
+from .views import Source, View, alignment, layout_of, need_wide_offsets, packed_sources
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -30,6 +24,7 @@ _TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+_NOT_WANTED = View(0, 0, 0, 0, 0, 0)  # for the gradient of a source
 
 
 def forward(
@@ -42,8 +37,7 @@ def forward(
     relu: bool,
 ) -> Tensor:
     """Kernel of d3net_kernels::multidilated_conv2d."""
-    call = _Call(inputs, weight, dilations, scale, shift, relu)
-    return _forward(call, bias, None)
+    return _forward(_Call(inputs, weight, dilations, scale, shift, relu), bias, None)
 
 
 def forward_with_moments(
@@ -77,10 +71,7 @@ def backward_data(
     wanted: Sequence[int],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_backward_data."""
-    grads = [
-        _layout.empty(x.shape, x) if is_wanted else x.new_empty(0)
-        for x, is_wanted in zip(inputs, wanted, strict=True)
-    ]
+    grads = _layout.empty_gradients(inputs, wanted)
     like = weight if scale is None else scale
     channels = 0 if scale is None else weight.shape[1]
     active = [i for i, is_wanted in enumerate(wanted) if is_wanted or scale is not None]
@@ -90,18 +81,26 @@ def backward_data(
     call = _Call(inputs, weight, dilations, scale, shift, relu)
     pieces = configs.output_blocks([inputs[i].shape[1] for i in active])
     config = call.config("backward_data", sum(pieces))
-    sources, blocks = call.sources(sum(pieces), active)
-    ready = weight.new_zeros((*weight.shape[2:], weight.shape[0], blocks * sum(pieces)))
-    rows = []
+    prepared = prepare([grad_output], config.channels)
+    sources, blocks = call.sources(sum(pieces), active, [0] * len(inputs))
+    ready = weight.new_zeros((*weight.shape[2:], prepared.pitch, blocks * sum(pieces)))
+    rows, grad_views = [], []
     for i, source in zip(active, sources, strict=True):
         at, width = source.first_block * sum(pieces), source.view.channels
-        group = weight.narrow(1, source.start, width)
-        ready.narrow(3, at, width).copy_(group.permute(2, 3, 0, 1))
-        grad = View.of(grads[i]) if wanted[i] else _NOT_WANTED
-        own = (grad.pointer, grad.stride_n, grad.stride_c, grad.stride_w)
+        group = weight.narrow(1, source.start, width).permute(2, 3, 0, 1)
+        ready[:, :, : weight.shape[0], at : at + width].copy_(group)
+        grad = _NOT_WANTED
+        if wanted[i]:
+            grad = View.of(grads[i])
+            grad_views.append(grad)
+        own = (grad.pointer, grad.stride_n, grad.stride_c, grad.stride_h, grad.stride_w)
         rows.append((*source.numbers(), *own))
     sums = call.accumulators(call.tiles(config), 2, channels)
-    view = View.of(grad_output)
+    layout, grad_layout = (layout_of(seen, call.width) for seen in (call.views, grad_views))
+    aligned = min(
+        alignment(call.views, layout, call.height * call.width, weight.element_size()),
+        alignment(grad_views, grad_layout, call.height * call.width, weight.element_size()),
+    )
     call.launch(
         backward_data_kernel,
         (call.tiles(config), blocks),
@@ -109,19 +108,22 @@ def backward_data(
         pieces,
         sums,
         ready,
-        call.scale,
-        call.shift,
-        (packed(view),),
+        # The kernel takes some tensor for what is not there, and does not touch it.
+        weight if scale is None else scale.contiguous(),
+        weight if shift is None else shift.contiguous(),
+        prepared.data,
         packed_sources(rows),
         call.height,
         call.width,
-        weight.shape[0],
         weight.shape[1],
+        prepared.pitch,
         *call.radii,
-        LAYOUT=layout_of([view], call.width),
-        ALIGNED=alignment([view], weight.element_size()),
-        SOURCE_LAYOUT=call.layout,
-        WIDE=need_wide_offsets([grad_output, *inputs]),
+        LAYOUT=layout,
+        GRAD_LAYOUT=grad_layout,
+        ALIGNED=aligned,
+        WIDE=need_wide_offsets([prepared.image, *inputs]),
+        AFFINE=scale is not None,
+        RELU=relu,
         CHUNK=config.channels,
     )
     grad_scale, grad_shift = sums.sum(0, dtype=torch.float64).to(like.dtype)
@@ -139,46 +141,44 @@ def backward_weight(
 ) -> tuple[Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_backward_weight."""
     if grad_output.numel() == 0:
-        return weight.new_zeros(weight.shape), weight.new_zeros(weight.shape[0])
+        return _layout.zero_weight_gradients(weight)
     call = _Call(inputs, weight, dilations, scale, shift, relu)
     outputs, _, *taps = weight.shape
     pieces = configs.output_blocks([outputs])
     config = call.config("backward_weight", sum(pieces))
+    channels_block = configs.channels_block(config, [view.channels for view in call.views])
     output_blocks = -(-outputs // sum(pieces))
-    sources, blocks = call.sources(config.channels, range(len(inputs)))
+    padded = output_blocks * sum(pieces)
+    prepared = call.prepare(configs.GRAIN)
+    prepared_grad = prepare([grad_output], configs.GRAIN, padded)
+    sources, blocks = call.sources(channels_block, range(len(inputs)), prepared.starts)
     programs = blocks * taps[0] * taps[1]
     slabs = configs.slabs(inputs[0].device, programs * output_blocks, call.batch * call.height)
-    partial = call.accumulators(slabs, *taps, weight.shape[1], output_blocks * sum(pieces))
-    view = View.of(grad_output)
+    partial = call.accumulators(slabs, *taps, weight.shape[1], padded)
     call.launch(
         backward_weight_kernel,
         (slabs, programs, output_blocks),
         config,
         pieces,
         partial,
-        call.scale,
-        call.shift,
-        (packed(view),),
+        prepared.data,
+        prepared_grad.data,
         packed_sources([source.numbers() for source in sources]),
         call.batch,
         call.height,
         call.width,
-        outputs,
         weight.shape[1],
+        prepared.pitch,
+        prepared_grad.pitch,
         *call.radii,
-        LAYOUT=layout_of([view], call.width),
-        SOURCE_LAYOUT=call.layout,
-        WIDE=need_wide_offsets([grad_output, *inputs]),
-        DTYPE=_TYPES[weight.dtype],
+        WIDE=need_wide_offsets([prepared.image, prepared_grad.image]),
         COLUMNS=configs.patch_columns(call.height, call.width, config.pixels),
-        CHANNELS_BLOCK=config.channels,
+        CHANNELS_BLOCK=channels_block,
+        GRAIN=configs.GRAIN,
     )
     grad_weight = partial.sum(0)[..., :outputs].permute(3, 2, 0, 1)
     grad_bias = grad_output.sum((0, 2, 3), dtype=partial.dtype)
     return grad_weight.to(weight.dtype).contiguous(), grad_bias.to(weight.dtype)
-
-
-_NOT_WANTED = View(0, 0, 0, 0, 0, 0)
 
 
 class _Call:
@@ -193,16 +193,15 @@ class _Call:
         shift: Tensor | None,
         relu: bool,
     ) -> None:
-        self.inputs, self.weight, self.relu = inputs, weight, relu
+        self.inputs, self.weight = inputs, weight
+        self.psi = (scale, shift, relu)
         self.batch, _, self.height, self.width = inputs[0].shape
         self.views = [View.of(x) for x in inputs]
-        self.layout = layout_of(self.views, self.width)
-        self.dilations = list(zip(dilations[::2], dilations[1::2], strict=True))
+        # All dilations beyond the map are alike; the kernels have 32 bits for them.
+        most = max(self.height, self.width, 1)
+        within = [min(d, most) for d in dilations]
+        self.dilations = list(zip(within[::2], within[1::2], strict=True))
         self.radii = (weight.shape[2] // 2, weight.shape[3] // 2)
-        self.affine = scale is not None
-        # Kernels take some tensor for what is not there, and do not touch it.
-        self.scale = weight if scale is None else scale.contiguous()
-        self.shift = weight if shift is None else shift.contiguous()
 
     def config(self, kernel: str, outputs: int) -> configs.Config:
         """Block sizes of a kernel whose programs have so many outputs each."""
@@ -214,14 +213,19 @@ class _Call:
         """Tiles of pixels of all images."""
         return int(self.batch * -(-self.height * self.width // config.pixels))
 
-    def sources(self, block: int, active: Sequence[int]) -> tuple[list[Source], int]:
+    def prepare(self, chunk: int) -> Prepared:
+        """psi of the sources, each in whole chunks of channels."""
+        return prepare(self.inputs, chunk, 0, *self.psi)
+
+    def sources(
+        self, block: int, active: Sequence[int], prepared_starts: Sequence[int]
+    ) -> tuple[list[Source], int]:
         """The sources of these numbers, each in whole blocks of channels; how many blocks."""
-        starts = [0]
-        for view in self.views:
-            starts.append(starts[-1] + view.channels)
+        starts = [0, *itertools.accumulate(view.channels for view in self.views)]
         sources, blocks = [], 0
         for i in active:
-            sources.append(Source(self.views[i], self.dilations[i], starts[i], blocks))
+            where = (starts[i], prepared_starts[i], blocks)
+            sources.append(Source(self.views[i], self.dilations[i], *where))
             blocks += -(-self.views[i].channels // block)
         return sources, blocks
 
@@ -244,8 +248,6 @@ class _Call:
             kernel[grid](
                 *arguments,
                 **options,
-                AFFINE=self.affine,
-                RELU=self.relu,
                 PRECISION=_precision(self.weight),
                 UPCAST=interpreted() and dtype == torch.bfloat16,
                 ACCUMULATOR=_TYPES[_layout.dtype_for(self.weight)],
@@ -269,9 +271,13 @@ def _forward(call: _Call, bias: Tensor | None, moments: Tensor | None) -> Tensor
     pieces = configs.output_blocks([outputs])
     blocks = -(-outputs // sum(pieces))
     config = call.config("forward", outputs)
-    ready = weight.new_zeros((*weight.shape[2:], weight.shape[1], blocks * sum(pieces)))
-    ready.narrow(3, 0, outputs).copy_(weight.permute(2, 3, 1, 0))
-    sources, _ = call.sources(1, range(len(inputs)))
+    prepared = call.prepare(config.channels)
+    sources, _ = call.sources(1, range(len(inputs)), prepared.starts)
+    ready = weight.new_zeros((*weight.shape[2:], prepared.pitch, blocks * sum(pieces)))
+    for source in sources:
+        at, width = source.prepared_start, source.view.channels
+        group = weight.narrow(1, source.start, width).permute(2, 3, 1, 0)
+        ready[:, :, at : at + width, :outputs].copy_(group)
     view = View.of(out)
     call.launch(
         forward_kernel,
@@ -282,21 +288,18 @@ def _forward(call: _Call, bias: Tensor | None, moments: Tensor | None) -> Tensor
         out if moments is None else moments,
         ready,
         out if bias is None else bias.contiguous(),
-        call.scale,
-        call.shift,
+        prepared.data,
         packed_sources([source.numbers() for source in sources]),
         len(sources),
         call.height,
         call.width,
         outputs,
-        weight.shape[1],
+        prepared.pitch,
         view.stride_n,
         view.stride_c,
         view.stride_w,
         *call.radii,
-        LAYOUT=call.layout,
-        ALIGNED=alignment(call.views, out.element_size()),
-        WIDE=need_wide_offsets([out, *inputs]),
+        WIDE=need_wide_offsets([out, prepared.image]),
         BIAS=bias is not None,
         MOMENTS=moments is not None,
         CHUNK=config.channels,

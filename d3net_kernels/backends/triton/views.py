@@ -40,11 +40,12 @@ class Source(NamedTuple):
     view: View
     dilation: tuple[int, int]
     start: int  # its first channel among those of all sources
+    prepared_start: int  # its first channel in the workspace of all sources
     first_block: int = 0  # the first block of channels that is its
 
     def numbers(self) -> tuple[int, ...]:
         """All of it in one row."""
-        return (*self.view, *self.dilation, self.start, self.first_block)
+        return (*self.view, *self.dilation, self.start, self.prepared_start, self.first_block)
 
 
 def layout_of(views: Sequence[View], width: int) -> Any:
@@ -56,17 +57,23 @@ def layout_of(views: Sequence[View], width: int) -> Any:
     return parts.STRIDED
 
 
-def alignment(views: Sequence[View], itemsize: int) -> int:
-    """How many elements one load of a channels_last pixel may take: a power of two, to 16 bytes.
+def alignment(views: Sequence[View], layout: Any, pixels: int, itemsize: int) -> int:
+    """How many adjacent elements one load may take: a power of two, to 16 bytes.
 
-    It divides the channels and the place of every pixel of every view.
+    It divides the length and the place of every run of them: the channels of a pixel, or the
+    `pixels` of a channel.
     """
+    if layout is parts.STRIDED:
+        return 1
     elements = 16 // itemsize
-    while any(
-        v.pointer % (elements * itemsize)
-        or any(n % elements for n in (v.channels, v.stride_n, v.stride_h, v.stride_w))
-        for v in views
-    ):
+
+    def divided(v: View) -> bool:
+        planes = (pixels, v.stride_n, v.stride_c)
+        last = (v.channels, v.stride_n, v.stride_h, v.stride_w)
+        numbers = planes if layout is parts.PLANES else last
+        return not v.pointer % (elements * itemsize) and not any(n % elements for n in numbers)
+
+    while not all(map(divided, views)):
         elements //= 2
     return elements
 

@@ -1,7 +1,12 @@
-"""What runs on the GPU: one program of each kernel.
+"""What runs on the GPU.
 
-All three are implicit matrix products over pixels. In the forward pass and the data gradient a
-program owns a tile of pixels of one image, which runs along the rows, flattened, so that any map
+prepare.py evaluates psi once for every element, before the convolution: it writes the sources of a
+call into one workspace, pixel by pixel, so that whatever their layout and normalisation a tap is a
+plain copy of 16 bytes a thread into shared memory. (A tap that evaluates psi itself costs three to
+four times the instructions: Triton cannot shift a tile that lies in shared memory.)
+
+The other three are implicit matrix products over pixels. In the forward pass and the data gradient
+a program owns a tile of pixels of one image, which runs along the rows, flattened, so that any map
 fills it. Per source it walks over chunks of channels and, within one, over those taps that reach
 into the map from at least one pixel of the tile. In the weight gradient a program owns a block of
 channels at one tap and walks over the patches of a slab of rows, those only whose tap is inside the

@@ -8,13 +8,16 @@ import triton.language as tl
 from .add_source import add_source
 from .parts import (
     CHANNELS,
+    CHANNELS_LAST,
     DILATION_H,
     DILATION_W,
     FIRST_BLOCK,
     GRAD,
     GRAD_STRIDE_C,
+    GRAD_STRIDE_H,
     GRAD_STRIDE_N,
     GRAD_STRIDE_W,
+    PLANES,
     START,
     STRIDE_C,
     STRIDE_H,
@@ -39,7 +42,6 @@ def _write_gradient(
     sums,
     scale,
     shift,
-    p,
     c,
     channels,
     total_channels,
@@ -47,8 +49,10 @@ def _write_gradient(
     offsets,
     stride_c,
     grad_stride_c,
-    grad_stride_w,
+    pixels,
     LAYOUT: tl.constexpr,
+    GRAD_LAYOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     AFFINE: tl.constexpr,
     RELU: tl.constexpr,
 ):
@@ -56,7 +60,10 @@ def _write_gradient(
     there = c < channels
     mask = inside[:, None] & there[None, :]
     if AFFINE or RELU:
-        at = offsets[:, None] + channel_offsets(c.to(offsets.dtype), stride_c, LAYOUT)[None, :]
+        at = (
+            offsets[:, None]
+            + channel_offsets(c.to(offsets.dtype), stride_c, LAYOUT, ALIGNED)[None, :]
+        )
         values = tl.load(x + at, mask=mask, other=0).to(acc.dtype)
         factor = 0
         summand = 0
@@ -67,13 +74,13 @@ def _write_gradient(
         if RELU:  # what is NaN passes
             acc = tl.where(y <= 0, tl.zeros_like(acc), acc)
         if AFFINE:
+            acc = tl.where(inside[:, None], acc, tl.zeros_like(acc))
             tl.store(sums + c, tl.sum(acc * values, 0), mask=there)
             tl.store(sums + total_channels + c, tl.sum(acc, 0), mask=there)
             acc *= factor
     if wanted:
-        to = p[:, None] * grad_stride_w.to(p.dtype) + c.to(p.dtype)[None, :] * grad_stride_c.to(
-            p.dtype
-        )
+        columns = channel_offsets(c.to(pixels.dtype), grad_stride_c, GRAD_LAYOUT, ALIGNED)
+        to = pixels[:, None] + columns[None, :]
         tl.store(grad + to, acc.to(grad.dtype.element_ty), mask=mask)
 
 
@@ -83,17 +90,17 @@ def backward_data(
     weight,
     scale,
     shift,
-    outputs,
+    prepared,
     sources,
     H,
     W,
-    K,
     total_channels,
+    pitch,
     radius_h,
     radius_w,
     LAYOUT: tl.constexpr,
+    GRAD_LAYOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
-    SOURCE_LAYOUT: tl.constexpr,
     WIDE: tl.constexpr,
     AFFINE: tl.constexpr,
     RELU: tl.constexpr,
@@ -108,9 +115,11 @@ def backward_data(
 ):
     """The data gradient; program (tile of pixels, block of channels of one source).
 
-    It is the convolution once more: the gradient of the output, which `outputs` holds, is the only
-    source, and the taps come in reverse. `weight` is (kh, kw, K, channels), where zeros fill the
-    last block of every source. `sums` is (programs of axis 0, 2, sum C_i): of m x gy and of m gy.
+    It is the convolution once more: the gradient of the output, which `prepared` (N, H, W, pitch)
+    holds as prepare.py writes it, is the only source, and the taps come in reverse. `weight` is
+    (kh, kw, pitch, channels), where zeros fill the last block of every source and the channels
+    behind the last output. ALIGNED holds of the sources and of their gradients. `sums` is
+    (programs of axis 0, 2, sum C_i): of m x gy and of m gy.
     """
     tiles = tl.cdiv(H * W, PIXELS)
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -119,31 +128,35 @@ def backward_data(
         first = first.to(tl.int64)
     first *= PIXELS
     p = first + tl.arange(0, PIXELS)
-    inside = p < H * W
+    pixels_inside = H * W
+    if LAYOUT == PLANES:
+        pixels_inside = tl.multiple_of(pixels_inside, ALIGNED)
+    inside = p < pixels_inside
 
     block = tl.program_id(1)
     s = source_of(sources, block)
     channels = number(sources, s, CHANNELS).to(tl.int32)
+    if LAYOUT == CHANNELS_LAST:
+        channels = tl.multiple_of(channels, ALIGNED)
     start = number(sources, s, START)
     c = (block - number(sources, s, FIRST_BLOCK).to(tl.int32)) * (BLOCK + REST)
     c_rest = c + BLOCK + tl.arange(0, REST if REST > 0 else 1)
     c += tl.arange(0, BLOCK)
 
     dtype: tl.constexpr = weight.dtype.element_ty
-    weight_stride_k = tl.num_programs(1).to(tl.int64) * (BLOCK + REST)
-    weight_stride_w = K * weight_stride_k
+    pitch = tl.multiple_of(pitch, CHUNK)
+    weight_stride_k = tl.num_programs(1) * (BLOCK + REST)
+    weight_stride_w = pitch.to(tl.int64) * weight_stride_k
     weight_stride_h = (2 * radius_w + 1) * weight_stride_w
     weight += radius_h * weight_stride_h + radius_w * weight_stride_w + block * (BLOCK + REST)
     acc, rest = add_source(
         tl.zeros((PIXELS, BLOCK), ACCUMULATOR),
         tl.zeros((PIXELS, REST if REST > 0 else 1), ACCUMULATOR),
-        number(outputs, 0, X).to(tl.pointer_type(dtype)) + n * number(outputs, 0, STRIDE_N),
-        K,
-        number(outputs, 0, STRIDE_C),
-        number(outputs, 0, STRIDE_H),
-        number(outputs, 0, STRIDE_W),
-        number(sources, s, DILATION_H),
-        number(sources, s, DILATION_W),
+        prepared + n * H * W * pitch,
+        pitch // CHUNK,
+        pitch,
+        number(sources, s, DILATION_H).to(tl.int32),
+        number(sources, s, DILATION_W).to(tl.int32),
         p,
         first,
         H,
@@ -156,12 +169,6 @@ def backward_data(
         BLOCK + tl.arange(0, REST if REST > 0 else 1),
         radius_h,
         radius_w,
-        scale,
-        shift,
-        LAYOUT,
-        ALIGNED,
-        False,
-        False,
         PRECISION,
         UPCAST,
         PIXELS,
@@ -174,37 +181,27 @@ def backward_data(
     grad = number(sources, s, GRAD)
     wanted = grad != 0
     grad = grad.to(tl.pointer_type(dtype)) + n * number(sources, s, GRAD_STRIDE_N)
+    item_bits: tl.constexpr = dtype.primitive_bitwidth
+    x = tl.multiple_of(x, ALIGNED * item_bits // 8)
+    grad = tl.multiple_of(grad, ALIGNED * item_bits // 8)
     grad_stride_c = number(sources, s, GRAD_STRIDE_C)
-    grad_stride_w = number(sources, s, GRAD_STRIDE_W)
+    pixels = pixel_offsets(
+        p,
+        W,
+        number(sources, s, GRAD_STRIDE_H),
+        number(sources, s, GRAD_STRIDE_W),
+        GRAD_LAYOUT,
+        ALIGNED,
+    )
     stride_c = number(sources, s, STRIDE_C)
     offsets = pixel_offsets(
-        p, W, number(sources, s, STRIDE_H), number(sources, s, STRIDE_W), SOURCE_LAYOUT, 1
+        p, W, number(sources, s, STRIDE_H), number(sources, s, STRIDE_W), LAYOUT, ALIGNED
     )
     if AFFINE:
         scale += start
         shift += start
         sums += tl.program_id(0).to(tl.int64) * 2 * total_channels + start
-    _write_gradient(
-        acc,
-        x,
-        grad,
-        wanted,
-        sums,
-        scale,
-        shift,
-        p,
-        c,
-        channels,
-        total_channels,
-        inside,
-        offsets,
-        stride_c,
-        grad_stride_c,
-        grad_stride_w,
-        SOURCE_LAYOUT,
-        AFFINE,
-        RELU,
-    )
+    # The smaller block first: fewer registers are alive when the larger one needs most.
     if REST > 0:
         _write_gradient(
             rest,
@@ -214,7 +211,6 @@ def backward_data(
             sums,
             scale,
             shift,
-            p,
             c_rest,
             channels,
             total_channels,
@@ -222,8 +218,32 @@ def backward_data(
             offsets,
             stride_c,
             grad_stride_c,
-            grad_stride_w,
-            SOURCE_LAYOUT,
+            pixels,
+            LAYOUT,
+            GRAD_LAYOUT,
+            ALIGNED,
             AFFINE,
             RELU,
         )
+    _write_gradient(
+        acc,
+        x,
+        grad,
+        wanted,
+        sums,
+        scale,
+        shift,
+        c,
+        channels,
+        total_channels,
+        inside,
+        offsets,
+        stride_c,
+        grad_stride_c,
+        pixels,
+        LAYOUT,
+        GRAD_LAYOUT,
+        ALIGNED,
+        AFFINE,
+        RELU,
+    )

@@ -10,18 +10,11 @@ from .parts import (
     DILATION_H,
     DILATION_W,
     FIRST_BLOCK,
+    PREPARED_START,
     START,
-    STRIDE_C,
-    STRIDE_H,
-    STRIDE_N,
-    STRIDE_W,
     UNSPECIALIZED,
-    X,
-    channel_offsets,
     dot,
     number,
-    patch_offsets,
-    psi,
     source_of,
 )
 
@@ -29,29 +22,25 @@ from .parts import (
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_weight(
     partial,
-    scale,
-    shift,
-    outputs,
+    prepared,
+    prepared_grad,
     sources,
     N,
     H,
     W,
-    K,
     total_channels,
+    pitch,
+    grad_pitch,
     radius_h,
     radius_w,
-    LAYOUT: tl.constexpr,
-    SOURCE_LAYOUT: tl.constexpr,
     WIDE: tl.constexpr,
-    AFFINE: tl.constexpr,
-    RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-    DTYPE: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     PIXELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS_BLOCK: tl.constexpr,
+    GRAIN: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
     STAGES: tl.constexpr,
@@ -59,8 +48,10 @@ def backward_weight(
     """The weight gradient; program (slab of rows, block of channels at one tap, block of outputs).
 
     The tap decides which rows and columns of the output see the map at all; the slabs divide these
-    rows, of all images. `partial` is (slabs, kh, kw, sum C_i, padded K): the host sums the slabs in
-    this order, so that the result does not depend on which program ends first.
+    rows, of all images. `prepared` (N, H, W, pitch) holds psi of all sources and `prepared_grad`
+    (N, H, W, grad_pitch) the gradient of the output, as prepare.py writes them. `partial` is
+    (slabs, kh, kw, sum C_i, padded K): the host sums the slabs in this order, so that the result
+    does not depend on which program ends first.
     """
     taps_w = 2 * radius_w + 1
     taps = (2 * radius_h + 1) * taps_w
@@ -87,33 +78,17 @@ def backward_weight(
     strip = tl.program_id(0) * share
     end = tl.minimum(strip + share, N * strips)
 
-    stride_n = number(sources, s, STRIDE_N)
-    stride_h = number(sources, s, STRIDE_H)
-    stride_w = number(sources, s, STRIDE_W)
-    g_stride_n = number(outputs, 0, STRIDE_N)
-    g_stride_h = number(outputs, 0, STRIDE_H)
-    g_stride_w = number(outputs, 0, STRIDE_W)
-    x = number(sources, s, X).to(tl.pointer_type(DTYPE))
-    x += (above + step_h) * stride_h + (before + step_w) * stride_w
-    g = number(outputs, 0, X).to(tl.pointer_type(DTYPE)) + above * g_stride_h + before * g_stride_w
-
+    pitch, grad_pitch = tl.multiple_of(pitch, GRAIN), tl.multiple_of(grad_pitch, GRAIN)
+    start = tl.multiple_of(number(sources, s, PREPARED_START).to(tl.int32), GRAIN)
+    x = prepared + start + ((above + step_h) * W + before + step_w) * pitch
+    grad = prepared_grad + (above * W + before) * grad_pitch
+    filled = c < tl.cdiv(channels, GRAIN) * GRAIN  # what lies there belongs to the source
     row = tl.arange(0, PIXELS) // COLUMNS
     column = tl.arange(0, PIXELS) % COLUMNS
     index = tl.int64 if WIDE else tl.int32
-    x_offsets = (
-        channel_offsets(c.to(index), number(sources, s, STRIDE_C), SOURCE_LAYOUT)[:, None]
-        + patch_offsets(row.to(index), column, stride_h, stride_w, SOURCE_LAYOUT)[None, :]
-    )
-    g_pixels = patch_offsets(row.to(index), column, g_stride_h, g_stride_w, LAYOUT)[:, None]
-    g_stride_c = number(outputs, 0, STRIDE_C)
-    g_offsets = g_pixels + channel_offsets(k.to(index), g_stride_c, LAYOUT)[None, :]
-    g_rest_offsets = g_pixels + channel_offsets(k_rest.to(index), g_stride_c, LAYOUT)[None, :]
-    factor = 0
-    summand = 0
-    if AFFINE:
-        start = number(sources, s, START)
-        factor = tl.load(scale + start + c, mask=here, other=0).to(ACCUMULATOR)[:, None]
-        summand = tl.load(shift + start + c, mask=here, other=0).to(ACCUMULATOR)[:, None]
+    pixels = row.to(index) * W + column
+    x_offsets = c.to(index)[:, None] + (pixels * pitch)[None, :]
+    grad_offsets = (pixels * grad_pitch)[:, None]
 
     acc = tl.zeros((CHANNELS_BLOCK, BLOCK), ACCUMULATOR)
     rest = tl.zeros((CHANNELS_BLOCK, REST if REST > 0 else 1), ACCUMULATOR)
@@ -125,20 +100,14 @@ def backward_weight(
         h = strip % strips * patch_rows
         w = patch * COLUMNS
         there = (h + row < rows) & (w + column < columns)
-        y = tl.load(
-            x + n * stride_n + h * stride_h + w * stride_w + x_offsets,
-            mask=here[:, None] & there[None, :],
-            other=0,
-        )
-        if AFFINE or RELU:
-            y = y.to(ACCUMULATOR)
-            y = psi(y, factor, summand, AFFINE, RELU).to(DTYPE)
-        from_g = g + n * g_stride_n + h * g_stride_h + w * g_stride_w
-        grads = tl.load(from_g + g_offsets, mask=there[:, None] & (k < K)[None, :], other=0)
+        at = (n * H + h) * W + w
+        from_x = x + at * pitch + x_offsets
+        y = tl.load(from_x, mask=filled[:, None] & there[None, :], other=0)
+        from_grad = grad + at * grad_pitch + grad_offsets
+        grads = tl.load(from_grad + k[None, :], mask=there[:, None], other=0)
         acc = dot(y, grads, acc, PRECISION, UPCAST)
         if REST > 0:
-            mask = there[:, None] & (k_rest < K)[None, :]
-            grads_rest = tl.load(from_g + g_rest_offsets, mask=mask, other=0)
+            grads_rest = tl.load(from_grad + k_rest[None, :], mask=there[:, None], other=0)
             rest = dot(y, grads_rest, rest, PRECISION, UPCAST)
         patch += 1
         strip_done = patch == patches

@@ -10,13 +10,9 @@ from .parts import (
     CHANNELS,
     DILATION_H,
     DILATION_W,
-    STRIDE_C,
-    STRIDE_H,
-    STRIDE_N,
-    STRIDE_W,
+    PREPARED_START,
     UNALIGNED,
     UNSPECIALIZED,
-    X,
     number,
 )
 
@@ -60,24 +56,19 @@ def forward(
     moments,
     weight,
     bias,
-    scale,
-    shift,
+    prepared,
     sources,
     num_sources,
     H,
     W,
     K,
-    total_channels,
+    pitch,
     out_stride_n,
     out_stride_c,
     out_stride_w,
     radius_h,
     radius_w,
-    LAYOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
-    AFFINE: tl.constexpr,
-    RELU: tl.constexpr,
     BIAS: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -91,8 +82,9 @@ def forward(
 ):
     """The forward pass; program (tile of pixels, block of outputs).
 
-    `weight` is (kh, kw, sum C_i, K), zeros behind the last K to whole blocks. `moments` is
-    (programs of axis 0, 3, K).
+    `prepared` is (N, H, W, pitch), psi of all sources as prepare.py writes it. `weight` is
+    (kh, kw, pitch, K), zeros at the channels that fill up sources and behind the last K to whole
+    blocks. `moments` is (programs of axis 0, 3, K).
     """
     tiles = tl.cdiv(H * W, PIXELS)
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -104,30 +96,29 @@ def forward(
     k = tl.program_id(1) * (BLOCK + REST) + tl.arange(0, BLOCK)
     k_rest = tl.program_id(1) * (BLOCK + REST) + BLOCK + tl.arange(0, REST if REST > 0 else 1)
 
-    weight_stride_c = tl.cdiv(K, BLOCK + REST).to(tl.int64) * (BLOCK + REST)
-    weight_stride_w = total_channels * weight_stride_c
+    pitch = tl.multiple_of(pitch, CHUNK)
+    prepared += n * H * W * pitch
+    weight_stride_c = tl.num_programs(1) * (BLOCK + REST)
+    weight_stride_w = pitch.to(tl.int64) * weight_stride_c
     weight_stride_h = (2 * radius_w + 1) * weight_stride_w
     weight += radius_h * weight_stride_h + radius_w * weight_stride_w
     acc = tl.zeros((PIXELS, BLOCK), ACCUMULATOR)
     rest = tl.zeros((PIXELS, REST if REST > 0 else 1), ACCUMULATOR)
     for s in range(num_sources):
-        x = number(sources, s, X).to(tl.pointer_type(weight.dtype.element_ty))
-        channels = number(sources, s, CHANNELS).to(tl.int32)
+        start = tl.multiple_of(number(sources, s, PREPARED_START).to(tl.int32), CHUNK)
         acc, rest = add_source(
             acc,
             rest,
-            x + n * number(sources, s, STRIDE_N),
-            channels,
-            number(sources, s, STRIDE_C),
-            number(sources, s, STRIDE_H),
-            number(sources, s, STRIDE_W),
-            number(sources, s, DILATION_H),
-            number(sources, s, DILATION_W),
+            prepared + start,
+            tl.cdiv(number(sources, s, CHANNELS).to(tl.int32), CHUNK),
+            pitch,
+            number(sources, s, DILATION_H).to(tl.int32),
+            number(sources, s, DILATION_W).to(tl.int32),
             p,
             first,
             H,
             W,
-            weight,
+            weight + start * weight_stride_c,
             weight_stride_c,
             weight_stride_h,
             weight_stride_w,
@@ -135,12 +126,6 @@ def forward(
             k_rest,
             radius_h,
             radius_w,
-            scale,
-            shift,
-            LAYOUT,
-            ALIGNED,
-            AFFINE,
-            RELU,
             PRECISION,
             UPCAST,
             PIXELS,
@@ -148,10 +133,6 @@ def forward(
             REST,
             STAGES,
         )
-        weight += channels * weight_stride_c
-        if AFFINE:
-            scale += channels
-            shift += channels
 
     inside = p < H * W
     out += n * out_stride_n

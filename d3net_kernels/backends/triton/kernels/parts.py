@@ -15,12 +15,14 @@ STRIDE_W = tl.constexpr(5)
 DILATION_H = tl.constexpr(6)
 DILATION_W = tl.constexpr(7)
 START = tl.constexpr(8)  # its first channel among those of all sources
-FIRST_BLOCK = tl.constexpr(9)  # the first program whose block of channels is its
+PREPARED_START = tl.constexpr(9)  # its first channel in the workspace of prepare.py
+FIRST_BLOCK = tl.constexpr(10)  # the first program whose block of channels is its
 # In the data gradient also its dense gradient, a null pointer where that is not wanted.
-GRAD = tl.constexpr(10)
-GRAD_STRIDE_N = tl.constexpr(11)
-GRAD_STRIDE_C = tl.constexpr(12)
-GRAD_STRIDE_W = tl.constexpr(13)
+GRAD = tl.constexpr(11)
+GRAD_STRIDE_N = tl.constexpr(12)
+GRAD_STRIDE_C = tl.constexpr(13)
+GRAD_STRIDE_H = tl.constexpr(14)
+GRAD_STRIDE_W = tl.constexpr(15)
 
 # How all sources lie in memory.
 PLANES = tl.constexpr(0)  # the pixels of a channel are adjacent
@@ -32,7 +34,7 @@ STRIDED = tl.constexpr(2)
 # Sizes that differ from layer to layer, and whose alignment or being 1 helps nothing.
 UNSPECIALIZED = ["num_sources", "H", "W", "K", "total_channels", "radius_h", "radius_w"]
 # Were outputs known to be aligned, threads would own runs of pixels to write them in one piece, and
-# neighbours would read the sources, which a tap's step leaves unaligned, from far apart.
+# neighbours would read the sources of the data gradient from far apart.
 UNALIGNED = ["out_stride_n", "out_stride_c", "out_stride_w"]
 
 PACKED_OFFSET = tl.constexpr(1 << 62)
@@ -68,18 +70,11 @@ def pixel_offsets(p, W, stride_h, stride_w, LAYOUT: tl.constexpr, ALIGNED: tl.co
 
 
 @triton.jit
-def patch_offsets(row, column, stride_h, stride_w, LAYOUT: tl.constexpr):
-    """Element offsets of the pixels of a patch."""
-    if LAYOUT == PLANES:
-        return row * stride_h.to(row.dtype) + column
-    return row * stride_h.to(row.dtype) + column * stride_w.to(row.dtype)
-
-
-@triton.jit
-def channel_offsets(c, stride_c, LAYOUT: tl.constexpr):
+def channel_offsets(c, stride_c, LAYOUT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Element offsets of the channels `c`; multiples of ALIGNED where not adjacent."""
     if LAYOUT == CHANNELS_LAST:
         return c
-    return c * stride_c.to(c.dtype)
+    return c * tl.multiple_of(stride_c.to(c.dtype), ALIGNED)
 
 
 @triton.jit

@@ -1,0 +1,38 @@
+"""The Triton kernels' entries in the report: a layer through d3net_kernels.backends.triton."""
+
+from __future__ import annotations
+
+import torch
+
+from d3net_kernels.backends.triton import launch
+
+from . import report, toolchain
+from .triton_driver import Launch, assembled_for, emulated
+
+
+def family(arch: str) -> report.Family:
+    """What executes a case as compiled for `arch`, the sources in NCHW."""
+
+    def execute(case: report.Case) -> list[report.Launched]:
+        problem = case.problem()
+        dilations = [d for pair in problem.dilations for d in pair]
+        psi = (dilations, problem.scale, problem.shift, problem.relu)
+        inputs, weight = problem.inputs, problem.weight
+        with torch.no_grad(), emulated(arch) as emulator:
+            if case.operation == "forward":
+                launch.forward(inputs, weight, problem.bias, *psi)
+            elif case.operation == "backward_data":
+                wanted = [1] * len(inputs)
+                launch.backward_data(problem.grad_output, inputs, weight, *psi, wanted)
+            else:
+                launch.backward_weight(problem.grad_output, inputs, weight, *psi)
+        return [_launched(done, arch) for done in emulator.launches]
+
+    return execute
+
+
+def _launched(done: Launch, arch: str) -> report.Launched:
+    (figures,) = toolchain.resources(done.texts["ptx"], assembled_for(arch)).values()
+    assert done.counters is not None
+    name = f"triton {done.name}"
+    return report.Launched(name, 32 * done.warps, done.shared, done.counters, {arch: figures})
