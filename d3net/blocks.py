@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from d3net_kernels import D2Block
+from d3net_kernels import D2Block, multidilated_conv2d
 
 Dilation: TypeAlias = Literal["multi", "standard", "none"]
 Norm: TypeAlias = Literal["per_source", "per_layer"]
@@ -71,7 +71,7 @@ class SingleDilationD2Block(D2Block):
 
     "standard" gives layer l the largest one that its multidilated layer has, 2**(l - 1), which
     aliases (section 3); "none" gives 1 (section 6.1, Table 1). The parameters are those of the
-    multidilated block. In plain torch, where such a layer is a single convolution.
+    multidilated block. A layer is one fused convolution; psi is computed in plain torch.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class SingleDilationD2Block(D2Block):
                 normalised = [F.relu(norm(torch.cat(sources, 1)))]
             weight, bias = self._layer(layer)
             step = 1 << layer if self.dilation == "standard" else 1
-            y = torch.cat(normalised, 1)
-            sources.append(F.conv2d(y, weight, bias, padding=step, dilation=step))
+            dilations = [step] * len(normalised)
+            sources.append(multidilated_conv2d(normalised, weight, bias, dilations=dilations))
         return torch.cat(sources[-self.out_layers :], 1)
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor | None]:

@@ -79,9 +79,10 @@ def _numbers(name: str, x: Tensor, accepted: str, parameter: Tensor) -> None:
         return
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not autocast or torch.float64 in (x.dtype, parameter.dtype):
+    double = torch.float64 in (x.dtype, parameter.dtype)
+    if double or not autocast:
         raise TypeError(
             f"{name} is of {x.dtype} and the network of {parameter.dtype}; they must be equal, "
             f"convert one: {name}.to({parameter.dtype}) or network.to({x.dtype})"
-            f"{'' if autocast else ' (or run under torch.autocast)'}"
+            f"{'' if double else ' (or run under torch.autocast)'}"
         )

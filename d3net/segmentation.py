@@ -79,7 +79,7 @@ class SegmentationConfig:
         if not isinstance(self.backbone, BackboneConfig):
             raise TypeError(f"backbone is {self.backbone!r}; accepted is a BackboneConfig")
         positive_int("num_classes", self.num_classes)
-        if self.head not in HEADS:
+        if self.head not in tuple(HEADS):
             raise ValueError(f"head is {self.head!r}; accepted are {', '.join(map(repr, HEADS))}")
         if self.head == "ocr" and self.num_classes == 1:
             raise ValueError("num_classes is 1; the OCR head chooses among at least two")

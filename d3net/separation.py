@@ -19,6 +19,7 @@ from d3net.pretrained import Pretrained
 from d3net_kernels.checks import positive_int, positive_ints
 
 SEPARATION_SIZES = (
+    "split",
     "final_growth_rate",
     "final_layers",
     "gate_kernel",
