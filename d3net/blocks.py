@@ -214,7 +214,9 @@ class _D3Block(nn.Module):
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), _statistics_kept(block)
 
-        recomputed: Tensor = checkpoint(block, *pieces, use_reentrant=False, context_fn=contexts)
+        # torch.compile takes no such function, and recomputes values, not updates of buffers.
+        options = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
+        recomputed: Tensor = checkpoint(block, *pieces, use_reentrant=False, **options)
         return recomputed
 
 
