@@ -211,12 +211,14 @@ class _D3Block(nn.Module):
             result: Tensor = block(*pieces)
             return result
 
+        if torch.compiler.is_compiling():  # recomputes values, but no updates of statistics
+            compiled: Tensor = checkpoint(block, *pieces, use_reentrant=False)
+            return compiled
+
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), _statistics_kept(block)
 
-        # torch.compile takes no such function, and recomputes values, not updates of buffers.
-        options = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
-        recomputed: Tensor = checkpoint(block, *pieces, use_reentrant=False, **options)
+        recomputed: Tensor = checkpoint(block, *pieces, use_reentrant=False, context_fn=contexts)
         return recomputed
 
 

@@ -53,9 +53,26 @@ def _inputs(net: nn.Module) -> tuple[Tensor, Tensor, dict[int, object]]:
 @pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_without_graph_breaks(case: str, training: bool) -> None:
-    """In float64, since the gradients of a training step amplify float32 noise."""
-    net = _net(case).train(training).double()
+    _assert_compiles(_net(case).train(training))
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param("small segmentation", marks=pytest.mark.slow), "small separation"]
+)
+def test_compiles_with_checkpointing(case: str) -> None:
+    net = _net(case)
+    net.set_grad_checkpointing()
+    _assert_compiles(net)
+
+
+def _assert_compiles(net: nn.Module) -> None:
+    """The step and the running statistics of the eager network without checkpointing.
+
+    In float64, since the gradients of a training step amplify float32 noise.
+    """
+    net.double()
     other = copy.deepcopy(net)
+    net.set_grad_checkpointing(False)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     x = _inputs(net)[0].double()
     assert errors(step(compiled, x), step(net, x)).max() <= FLOAT64
