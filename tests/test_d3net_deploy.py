@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch.export import Dim
 
 import d3net
 import d3net_kernels as dk
+from d3net.blocks import ConcatD3Block, SumD3Block, set_checkpointing
 from d3net.separation import SeparationNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:d3net_kernels runs on plain torch")
@@ -53,28 +56,26 @@ def _inputs(net: nn.Module) -> tuple[Tensor, Tensor, dict[int, object]]:
 @pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_without_graph_breaks(case: str, training: bool) -> None:
-    _assert_compiles(_net(case).train(training))
+    net = _net(case).train(training)
+    _assert_compiles(net, _inputs(net)[0])
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param("small segmentation", marks=pytest.mark.slow), "small separation"]
-)
-def test_compiles_with_checkpointing(case: str) -> None:
-    net = _net(case)
-    net.set_grad_checkpointing()
-    _assert_compiles(net)
+@pytest.mark.parametrize("d3", [SumD3Block, partial(ConcatD3Block, compression=0.5)])
+def test_compiles_with_checkpointing(d3: Callable[..., nn.Module]) -> None:
+    block = d3(8, 2, 4, 2)
+    set_checkpointing(block, True)
+    _assert_compiles(block, torch.randn(2, 8, 6, 7))
 
 
-def _assert_compiles(net: nn.Module) -> None:
+def _assert_compiles(net: nn.Module, x: Tensor) -> None:
     """The step and the running statistics of the eager network without checkpointing.
 
     In float64, since the gradients of a training step amplify float32 noise.
     """
-    net.double()
+    net, x = net.double(), x.double()
     other = copy.deepcopy(net)
-    net.set_grad_checkpointing(False)
+    set_checkpointing(net, False)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    x = _inputs(net)[0].double()
     assert errors(step(compiled, x), step(net, x)).max() <= FLOAT64
     for a, b in zip(net.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(a, b)
