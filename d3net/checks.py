@@ -65,6 +65,19 @@ def magnitudes(
         )
 
 
+def input_statistics(mean: Tensor, std: Tensor, bins: int) -> None:
+    """Mean and standard deviation of `bins` bins, by which the magnitudes are normalised."""
+    for name, t in (("mean", mean), ("std", std)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is of type {type(t).__name__}; accepted is a tensor ({bins},)")
+        if t.shape != (bins,):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; accepted is ({bins},)")
+        if not t.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite; accepted are finite numbers")
+    if not std.max() > 0:
+        raise ValueError("std has no value above zero; accepted are those of audible mixtures")
+
+
 def _numbers(name: str, x: Tensor, accepted: str, parameter: Tensor) -> None:
     """A tensor of the parameters' dtype; torch.autocast takes others too, but no float64."""
     if not isinstance(x, Tensor):

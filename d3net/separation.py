@@ -245,13 +245,10 @@ class SeparationNet(Pretrained):
         Deviations below 1e-4 of the largest are raised to it.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape, a value that is not finite, or no deviation above zero.
+            TypeError: one is no tensor.
         """
-        for name, t in (("mean", mean), ("std", std)):
-            if t.shape != self.in_offset.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(t.shape)}; accepted is ({self.config.bins},)"
-                )
+        checks.input_statistics(mean, std, self.config.bins)
         self.in_offset.copy_(mean)
         self.in_scale.copy_(std.clamp(min=SCALE_FLOOR * float(std.max())))
 

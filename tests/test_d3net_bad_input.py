@@ -108,6 +108,25 @@ def test_refused_single_values() -> None:
     assert net.train()(torch.cat([x, x])).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "error", "message"),
+    [
+        (torch.rand(3), torch.rand(30), ValueError, "mean has shape (3,); accepted is (30,)"),
+        (torch.rand(30), torch.zeros(30), ValueError, "std has no value above zero"),
+        (torch.full((30,), torch.nan), torch.rand(30), ValueError, "mean has values that are not"),
+        (torch.rand(30), [1.0] * 30, TypeError, "std is of type list; accepted is a tensor (30,)"),
+    ],
+)
+def test_refused_input_statistics(
+    mean: Tensor, std: Tensor, error: type[Exception], message: str
+) -> None:
+    net = d3net.create_model("d3net_vocals", **TINY_AUDIO)
+    with pytest.raises(error, match=re.escape(message)):
+        net.set_input_statistics(mean, std)
+    assert not net.in_offset.any()
+    assert (net.in_scale == 1).all()
+
+
 def _assert_refused(
     net: nn.Module, x: object, message: str, error: type[Exception] = ValueError
 ) -> None:
