@@ -19,7 +19,7 @@ export D3NET_KERNELS_REQUIRE_BINARY := 1
 help:
 	@echo "make demo    train a small separator on a real song, plain torch against fused (minutes)"
 	@echo "make test    the tests, without those marked slow"
-	@echo "make bench   time layers, D2 blocks and networks against every form of plain torch"
+	@echo "make bench   time networks, D2 blocks and layers against every form of plain torch (half an hour)"
 	@echo "make gpu-report   what the GPU kernels need and do, without a GPU, against their budget"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make clean   remove what was built; .venv stays"
@@ -35,10 +35,11 @@ test: $(BINARY)
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
 bench: $(BINARY)
-	$(PY) -m benchmarks.layers
-	$(PY) -m benchmarks.blocks $(ARGS)
 	$(PY) -m benchmarks.nets
+	$(PY) -m benchmarks.threads
 	$(PY) -m benchmarks.curves
+	$(PY) -m benchmarks.blocks $(ARGS)
+	$(PY) -m benchmarks.layers --limit 60 --dtype float32
 	@echo "forward and backward under pytest-benchmark: $(PY) -m pytest benchmarks"
 
 gpu-report: $(INSTALLED)

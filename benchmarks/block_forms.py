@@ -6,8 +6,9 @@ a source, as in the official networks, and no norm="per_layer".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ import d3net_kernels as dk
 from benchmarks.forms import LAYOUTS, OURS
 from d3net.registry import find
 from d3net_kernels import ConvParams, D2Block, D2Params, NormParams, reference
-from d3net_kernels.block_params import Norm
+from d3net_kernels.block_params import Norm, Processes
 
 NETWORKS = ("d3net_s", "d3net_l", "d3net_vocals")
 MODES = ("eval", "train")
@@ -49,7 +50,8 @@ class BlockShape:
         return f"{self.channels}+{self.layers}x{self.growth} {self.height}x{self.width}"
 
 
-def load_blocks() -> list[BlockShape]:
+@functools.cache
+def load_blocks() -> tuple[BlockShape, ...]:
     """Every distinct D2 block of NETWORKS on the input of `d3net models`, from the input on."""
     found: dict[BlockShape, list[str]] = {}
     for name in NETWORKS:
@@ -72,7 +74,9 @@ def load_blocks() -> list[BlockShape]:
                 if isinstance(module, D2Block):
                     module.register_forward_hook(note)
             model(torch.empty(find(name).input_shape))
-    return [replace(shape, networks=tuple(dict.fromkeys(names))) for shape, names in found.items()]
+    return tuple(
+        replace(shape, networks=tuple(dict.fromkeys(names))) for shape, names in found.items()
+    )
 
 
 def source_wise(
@@ -125,8 +129,19 @@ def forms_of(mode: str, *, compiled: bool = False) -> dict[str, Form]:
 
 @contextmanager
 def computed_by(form: Form) -> Iterator[None]:
-    """Every D2Block called inside is computed by `form`."""
-    with mock.patch("d3net_kernels.modules.d2_block", form):
+    """Every D2Block called inside is computed by `form`, and around a form of plain torch all else
+    by plain torch too."""
+
+    def block(
+        x: Tensor | Sequence[Tensor], params: D2Params, *, process_group: Processes, **options: Any
+    ) -> Tensor:
+        assert process_group is None
+        if form is not dk.d2_block and not isinstance(x, Tensor):
+            x = torch.cat(list(x), 1) if len(x) > 1 else x[0]
+        return form(x, params, **options)
+
+    backend = nullcontext() if form is dk.d2_block else dk.use_backend("reference")
+    with backend, mock.patch("d3net_kernels.modules.d2_block", block):
         yield
 
 
@@ -198,20 +213,22 @@ class Call:
     def forward(self, form: Form) -> Tensor:
         return form(self.x, self.params, norm=self.norm, out_layers=self.shape.out_layers)
 
-    def prepared(self, form: Form) -> Callable[[], object]:
+    def prepared(self, form: Form) -> Prepared:
         """What is timed: the forward pass, or with it the gradients of x and all parameters."""
         if self.mode == "eval":
-            return torch.no_grad()(lambda: self.forward(form))
-        grad_output = torch.randn_like(self.forward(form))
+            return Prepared(torch.no_grad()(lambda: self.forward(form)))
+        out, kept_bytes = self.kept(form)
+        grad_output = torch.randn_like(out)
         wanted = [self.x, *self.parameters()]
 
         def step() -> Any:
             return torch.autograd.grad(self.forward(form), wanted, grad_output)
 
-        return step
+        return Prepared(step, kept_bytes)
 
-    def kept_bytes(self, form: Form) -> int:
-        """Bytes that autograd keeps from forward to backward, each storage once, no parameter."""
+    def kept(self, form: Form) -> tuple[Tensor, int]:
+        """The output without its graph, and the bytes that autograd keeps from forward to backward,
+        each storage once, no parameter."""
         parameters = {t.untyped_storage().data_ptr() for t in self.parameters()}
         kept: dict[int, int] = {}
 
@@ -224,4 +241,12 @@ class Call:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = self.forward(form)  # alive until here: no address is used twice
         assert out.requires_grad
-        return sum(kept.values())
+        return out.detach(), sum(kept.values())
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call to be timed, and in training the bytes that it keeps for its backward pass."""
+
+    call: Callable[[], object]
+    kept_bytes: int | None = None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-if TYPE_CHECKING:
-    from benchmarks.blocks import Race
+from benchmarks.block_race import Race
 
+TICKS = (0.125, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 COLOURS = {"highest": "tab:blue", "high": "tab:orange", "bf16": "tab:green"}
 
 
@@ -29,7 +28,10 @@ def plot(path: Path, races: Sequence[Race], machine: str) -> None:
             if not chosen:
                 continue
             middle = [race.ratio() for race in chosen]
-            ends = [race.ratio_quartiles() for race in chosen]
+            ends = [
+                (race.ours().low or m, race.ours().high or m)
+                for race, m in zip(chosen, middle, strict=True)
+            ]
             panel.errorbar(
                 [blocks.index(str(race.shape)) + 0.2 * (offset - 1) for race in chosen],
                 middle,
@@ -45,8 +47,11 @@ def plot(path: Path, races: Sequence[Race], machine: str) -> None:
             )
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_yscale("log", base=2)
-        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_major_locator(FixedLocator(TICKS))
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
         panel.grid(axis="y", alpha=0.3)
+        panel.margins(x=0.01)
         panel.set(title=mode, ylabel="best torch time / ours")
         panel.legend(title="precision", loc="upper left", bbox_to_anchor=(1, 1))
     panels[-1].set_xticks(range(len(blocks)), blocks, rotation=90, fontsize=7)

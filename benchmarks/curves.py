@@ -10,8 +10,6 @@ amplifies it.
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.block_forms import precision
-from benchmarks.layers import FOLDER
+from benchmarks.records import add_output_options, beside, shown, stem_of, write_notes
+from benchmarks.timing import threads
 from d3net.demo.plain import PlainD2Block
 from d3net.demo.separator import SmallSeparator
 from d3net.demo.training import Run
@@ -75,12 +74,12 @@ def draw(path: Path, losses: dict[str, list[float]], title: str) -> None:
     """Losses above, their distance from the reference's below."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    styles = ("-", "--", "-.", ":")
-    for style, (name, values) in zip(styles, losses.items(), strict=True):
-        above.plot(values, style, label=name, linewidth=1.5)
-        if name != REFERENCE:
-            apart = [abs(a - b) / b for a, b in zip(values, losses[REFERENCE], strict=True)]
-            below.plot(apart, style, label=name, linewidth=1, color=above.lines[-1].get_color())
+    above.plot(losses[REFERENCE], label=REFERENCE, linewidth=5, color="0.8")
+    others = {name: values for name, values in losses.items() if name != REFERENCE}
+    for style, (name, values) in zip(("-", "--", ":"), others.items(), strict=True):
+        (line,) = above.plot(values, style, label=name, linewidth=1.2)
+        apart = [abs(a - b) / b for a, b in zip(values, losses[REFERENCE], strict=True)]
+        below.plot(apart, style, label=name, linewidth=1, color=line.get_color())
     above.set(ylabel="loss", yscale="log", title=title)
     below.set(xlabel="step", ylabel=f"relative distance from\n{REFERENCE}", yscale="log")
     for panel in (above, below):
@@ -105,17 +104,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__)
     parser.add_argument("--steps", type=int, default=200, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--save", metavar="NAME", help="keep as benchmarks/saved/NAME.*, for git")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="default 1: the network is small"
+    )
+    add_output_options(parser)
     options = parser.parse_args(arguments)
-    name = options.save or f"{time.strftime('%Y%m%d-%H%M%S')}-curves"
-    stem = FOLDER / ("saved" if options.save else "results") / name
-    losses = train(options.steps, options.seed)
-    summary = summarise(losses)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    draw(stem.with_name(f"{name}.png"), losses, f"seed {options.seed}, {describe_machine()}")
-    notes = {"machine": describe_machine(), "seed": options.seed, "summary": summary}
-    stem.with_name(f"{name}.json").write_text(json.dumps({**notes, "losses": losses}) + "\n")
-    print("\n".join(summary) + f"\npicture: {stem.relative_to(FOLDER.parent)}.png")
+    stem = stem_of("curves", options)
+    with threads(options.threads):
+        losses = train(options.steps, options.seed)
+        summary = summarise(losses)
+        draw(beside(stem, ".png"), losses, f"seed {options.seed}, {describe_machine()}")
+        write_notes(stem, summary, seed=options.seed, losses=losses)
+    print("\n".join([*summary, f"picture and losses: {shown(stem, '.*')}"]))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from torch import Tensor
 
 import d3net_kernels as dk
 from benchmarks.forms import LAYOUTS
+from benchmarks.records import SCRATCH
 from benchmarks.shapes import Shape, load_shapes, spread
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PASSES = ("forward", "training")
 WARM_UP = 5
 FLUSHED = 256 << 20  # bytes written between samples, so that no input waits in L2
-FOLDER = Path(__file__).parent / "results"
 COLUMNS = (
     *("dtype", "pass", "layer", "form", "layout"),
     *("median_us", "low_us", "high_us", "samples", "gpu", "torch", "cuda"),
@@ -204,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     row = (dtype, which, str(shape), name, layout, *figures, len(samples))
                     versions = (gpu, torch.__version__, torch.version.cuda)
                     rows.append(dict(zip(COLUMNS, (*row, *versions), strict=True)))
-    FOLDER.mkdir(exist_ok=True)
-    stem = FOLDER / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
+    SCRATCH.mkdir(exist_ok=True)
+    stem = SCRATCH / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
     with stem.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +19,14 @@ import numpy as np
 import torch
 
 from benchmarks.forms import LAYOUTS, OURS, candidates
+from benchmarks.records import (
+    add_output_options,
+    beside,
+    ratio_line,
+    shown,
+    stem_of,
+    write_notes,
+)
 from benchmarks.shapes import Shape, load_shapes, spread
 from benchmarks.timing import Sgemm, time_in_turns
 from d3net.machine import describe_machine
@@ -33,12 +39,10 @@ DTYPES = {
 }
 LOW_PRECISION_SHAPES = 12
 LOW_PRECISION_FLOPS = 5e8  # torch convolves float16 in NCHW at a few GF/s
-FOLDER = Path(__file__).parent
 COLUMNS = (
     *("dtype", "groups", "dilations", "c_out", "height", "width", "networks", "flops"),
     *("form", "layout", "median_ms", "p20_ms", "p80_ms", "samples"),
 )
-TOO_SLOW = 0.95  # below this ratio a shape counts as slower than torch
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class Result:
         return min(self.median(*key) for key in keys)
 
 
+def _team(key: tuple[str, str]) -> Hashable:
+    """Both layouts of ours are reported, so they do not compete; all forms of torch do."""
+    return key if key[0] == OURS else "torch"
+
+
 def measure(shapes: Sequence[Shape], dtype: str, fewest_rounds: int, sgemm: Sgemm) -> list[Result]:
     """Times every shape and prints a line for each."""
     print(
@@ -78,7 +87,7 @@ def measure(shapes: Sequence[Shape], dtype: str, fewest_rounds: int, sgemm: Sgem
     for shape in shapes:
         calls = {(form, layout): call for form, layout, call in candidates(shape, DTYPES[dtype])}
         with torch.no_grad():
-            samples = time_in_turns(calls, lambda key: key[0] == OURS, fewest_rounds)
+            samples = time_in_turns(calls, _team, fewest_rounds=fewest_rounds)
         sgemm.sample()
         result = Result(shape, samples)
         results.append(result)
@@ -91,15 +100,6 @@ def measure(shapes: Sequence[Shape], dtype: str, fewest_rounds: int, sgemm: Sgem
             flush=True,
         )
     return results
-
-
-def ratio_line(name: str, ratios: Sequence[float]) -> str:
-    mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
-    slower = sum(ratio < TOO_SLOW for ratio in ratios)
-    return (
-        f"{name:62} geometric mean {mean:6.2f}x, worst {min(ratios):6.2f}x,"
-        f" {slower} of {len(ratios)} below {TOO_SLOW}x"
-    )
 
 
 def summarise(results: Sequence[Result], dtype: str) -> list[str]:
@@ -128,7 +128,6 @@ def summarise(results: Sequence[Result], dtype: str) -> list[str]:
 
 def write_csv(path: Path, results: Sequence[Result], dtype: str) -> None:
     """One row for each shape, form and layout; milliseconds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -163,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="N shapes, spread over the sizes")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds at least")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch")
-    parser.add_argument("--save", metavar="NAME", help="keep as benchmarks/saved/NAME-*, for git")
+    add_output_options(parser)
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -171,8 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not shapes:
         parser.error(f"no shape has {options.match!r} in its name, such as {load_shapes()[1]}")
 
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    stem = FOLDER / ("saved" if options.save else "results") / (options.save or stamp)
+    stem = stem_of("layers", options)
     print(describe_machine())
     sgemm = Sgemm()
     summary: list[str] = []
@@ -184,11 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             chosen = spread(chosen, options.limit, math.inf)
         results = measure(chosen, dtype, options.repeat, sgemm)
         summary += summarise(results, dtype)
-        write_csv(stem.with_name(f"{stem.name}-{dtype}.csv"), results, dtype)
+        write_csv(beside(stem, f"-{dtype}.csv"), results, dtype)
     summary.append(f"sgemm of {Sgemm.SIZE} in this run: {sgemm.gigaflops():.0f} GF/s")
-    notes = {"machine": describe_machine(), "when": stamp, "summary": summary}
-    stem.with_name(f"{stem.name}.json").write_text(json.dumps(notes, indent=2) + "\n")
-    print("\n" + "\n".join(summary) + f"\nraw figures: {stem.relative_to(FOLDER.parent)}-*.csv")
+    write_notes(stem, summary)
+    print("\n" + "\n".join(summary) + f"\nraw figures: {shown(stem, '-*.csv')}")
 
 
 if __name__ == "__main__":

@@ -1,173 +1,296 @@
 """Whole networks, ours against plain torch: ``python -m benchmarks.nets``.
 
-Forward passes in eval, and the peak memory of a training step. Every figure comes from a process of
-its own, since the peak of resident memory (ru_maxrss) never falls: one for each network, way to
-compute the D2 blocks, memory layout and precision; their order alternates from round to round.
+Forward passes in eval, training steps (forward, loss, backward), and the peak of resident memory.
+
+Time: in turns in one process. Every form of plain torch runs in both layouts, those that are not
+clearly behind a second time; the fastest one then races against ours, both under "highest" and
+under "high" precision. A ratio is that of the medians in the same precision.
+
+Memory: the peak of a process never falls, so each figure is that of a process of its own, which
+takes two training steps. Plain torch is in the form that was fastest. What a process holds before
+its first step, mostly torch itself, is given too.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
-import platform
+import os
 import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import d3net
-from benchmarks.block_forms import NETWORKS, computed_by, forms_of, precision
+from benchmarks.block_forms import computed_by, forms_of, precision
 from benchmarks.forms import LAYOUTS, OURS
-from benchmarks.layers import FOLDER
-from benchmarks.timing import seconds_of
-from d3net.machine import describe_machine
+from benchmarks.records import (
+    Verdict,
+    add_output_options,
+    beside,
+    conditions,
+    shown,
+    stem_of,
+    verdict_lines,
+    write_notes,
+)
+from benchmarks.timing import Sgemm, time_in_turns
 from d3net.registry import find
 
-CALLS = 3  # timed in each process, after one that is not
-assert set(NETWORKS) <= set(d3net.list_models())
+PRECISIONS = ("highest", "high")
+# Network, mode, and the ratio under "high" that is asked for.
+RUNS = (
+    ("d3net_vocals", "eval", 3.0),
+    ("d3net_s_fcn", "eval", 2.5),
+    ("d3net_s_fcn", "train", None),
+    ("d3net_vocals", "train", None),
+)
+SLOW_RUN = ("d3net_vocals", "train")  # of --all
+MEMORY_NETWORK, MEMORY_RATIO = "d3net_s_fcn", 2.0
+STEPS = 2  # the second one allocates while the heap is no longer new
+SMALL = {"d3net_vocals": (1, 2, 32, 2049), "d3net_s_fcn": (1, 3, 64, 128)}  # inputs of --quick
+COLUMNS = (
+    *("network", "input", "mode", "form", "layout", "precision"),
+    *("median_s", "samples", "peak_mib", "before_mib"),
+)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process computes. `form` computes the D2 blocks."""
+    """One way to run a network. `form` computes the D2 blocks."""
 
     network: str
+    input_shape: tuple[int, ...]
     mode: str
     form: str
     layout: str
     precision: str
 
+    def __str__(self) -> str:
+        return f"{self.form}, {self.layout}, {self.precision}"
+
 
 @dataclass(frozen=True)
 class Figures:
-    """The median seconds of one call, and the peak of resident memory in MiB, before and after."""
+    """Seconds of every timed call, or the peak of resident memory in MiB and what it was before."""
 
-    seconds: float
-    start_mib: float
-    peak_mib: float
+    seconds: tuple[float, ...] = ()
+    peak_mib: float | None = None
+    before_mib: float | None = None
+
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
 
-def run_here(task: Task) -> Figures:
-    """Builds the network with random weights and runs it, in this process."""
+Table = dict[Task, Figures]  # of one network in one mode
+
+
+def build(network: str, mode: str, layout: str) -> nn.Module:
+    """The network with random weights, the same ones every time."""
     torch.manual_seed(0)
-    model = d3net.create_model(task.network).train(task.mode == "train")
-    model.to(memory_format=LAYOUTS[task.layout])  # type: ignore[call-overload, unused-ignore]
-    x = torch.rand(find(task.network).input_shape).contiguous(memory_format=LAYOUTS[task.layout])
-    start = peak_mib()
+    model: nn.Module = d3net.create_model(network).train(mode == "train")
+    return model.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload, no-any-return, unused-ignore]
+
+
+def call_of(task: Task, model: nn.Module) -> Callable[[], None]:
+    """One forward pass in eval, or one training step that leaves no gradients behind."""
+    x = torch.rand(task.input_shape).contiguous(memory_format=LAYOUTS[task.layout])
+    form = forms_of(task.mode)[task.form]
 
     def call() -> None:
-        if task.mode == "eval":
-            with torch.no_grad():
-                model(x)
-            return
-        out = model(x)
-        loss = sum(t.square().mean() for t in (out if isinstance(out, (list, tuple)) else [out]))
-        assert isinstance(loss, torch.Tensor)
-        loss.backward()
-        model.zero_grad()
+        with precision(task.precision), computed_by(form):
+            if task.mode == "eval":
+                with torch.no_grad():
+                    model(x)
+            else:
+                out: Tensor = model(x)
+                out.square().mean().backward()
+                model.zero_grad()
 
-    with precision(task.precision), computed_by(forms_of(task.mode)[task.form]):
+    return call
+
+
+def time_network(network: str, shape: tuple[int, ...], mode: str, rounds: int) -> Table:
+    """All torch forms for a round, then the fastest of them against ours, in both precisions."""
+    models = {layout: build(network, mode, layout) for layout in LAYOUTS}
+    plain = [name for name in forms_of(mode) if name != OURS]
+    ways = [(form, layout) for form in plain for layout in LAYOUTS]
+    finalists = len(PRECISIONS) * (len(LAYOUTS) + 1)
+    with tqdm(
+        desc=f"{network} {mode}",
+        total=2 * len(ways) + (1 + rounds) * finalists,  # less those that drop out
+        unit="call",
+        leave=False,
+    ) as bar:
+
+        def calls_of(tasks: list[Task]) -> dict[Task, Callable[[], object]]:
+            return {task: _counted(call_of(task, models[task.layout]), bar) for task in tasks}
+
+        trials = [Task(network, shape, mode, *way, PRECISIONS[0]) for way in ways]
+        tried = time_in_turns(calls_of(trials), lambda task: 0, fewest_rounds=1, seconds=0)
+        best = min(tried, key=lambda task: min(tried[task]))
+        ways = [*((OURS, layout) for layout in LAYOUTS), (best.form, best.layout)]
+        racing = [Task(network, shape, mode, *way, name) for name in PRECISIONS for way in ways]
+        samples = time_in_turns(calls_of(racing), _team, fewest_rounds=rounds, seconds=0)
+    return {task: Figures(tuple(taken)) for task, taken in {**tried, **samples}.items()}
+
+
+def _team(task: Task) -> Hashable:
+    """Only both layouts of ours are alternatives."""
+    return task.form, task.precision
+
+
+def _counted(call: Callable[[], None], bar: tqdm) -> Callable[[], None]:
+    def counted() -> None:
         call()
-        seconds = statistics.median(seconds_of(call, 1) for _ in range(CALLS))
-    return Figures(seconds, start, peak_mib())
+        bar.update()
+
+    return counted
+
+
+def best_of(table: Table, name: str, *, ours: bool) -> Task:
+    """The fastest way in this precision of those that raced to the end."""
+    team = [t for t in table if t.precision == name and (t.form == OURS) == ours]
+    most = max(len(table[t].seconds) for t in team)
+    return min((t for t in team if len(table[t].seconds) == most), key=lambda t: table[t].median())
+
+
+def ratio(table: Table, name: str) -> float:
+    theirs, mine = (table[best_of(table, name, ours=ours)].median() for ours in (False, True))
+    return theirs / mine
 
 
 def peak_mib() -> float:
-    """The most resident memory that this process ever had; kibibytes on Linux, bytes on macOS."""
+    """The most resident memory that this process ever had."""
+    # Linux hands ru_maxrss down from the parent; VmHWM starts anew with the program.
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (text for text in status.read_text().splitlines() if text.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def run_apart(task: Task) -> Figures:
-    """The same in a new process."""
+def memory_here(task: Task) -> Figures:
+    """Takes STEPS steps in this process."""
+    call = call_of(task, build(task.network, task.mode, task.layout))
+    before = peak_mib()
+    for _ in range(STEPS):
+        call()
+    return Figures(peak_mib=peak_mib(), before_mib=before)
+
+
+def memory_apart(task: Task) -> Figures:
+    """The same in a new process with as many threads."""
     command = [sys.executable, "-m", "benchmarks.nets", "--task", json.dumps(asdict(task))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return Figures(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def tasks_of(network: str, mode: str) -> list[Task]:
-    """Ours in both precisions, and all forms of plain torch; each in both layouts."""
-    tasks = []
-    for form in forms_of(mode):
-        for layout in LAYOUTS:
-            for name in ("highest", "high"):
-                tasks.append(Task(network, mode, form, layout, name))
-    return tasks
-
-
-def compare(network: str, mode: str, rounds: int) -> tuple[list[str], list[dict[str, object]]]:
-    """The lines of a table, and the raw figures."""
-    tasks = tasks_of(network, mode)
-    figures: dict[Task, list[Figures]] = {task: [] for task in tasks}
-    for turn in range(rounds):
-        for task in tasks if turn % 2 == 0 else tasks[::-1]:
-            figures[task].append(run_apart(task))
-    seconds = {task: statistics.median(f.seconds for f in figures[task]) for task in tasks}
-    peak = {task: statistics.median(f.peak_mib for f in figures[task]) for task in tasks}
-    lines = [f"{network}, {mode}, input {' x '.join(map(str, find(network).input_shape))}"]
-    for task in tasks:
-        start = statistics.median(f.start_mib for f in figures[task])
-        lines.append(
-            f"    {task.form:20} {task.layout:13} {task.precision:7} {seconds[task]:8.3f} s"
-            f" {peak[task]:8.0f} MiB at most, {start:6.0f} MiB before the first call"
+def time_lines(table: Table) -> Iterator[str]:
+    first = next(iter(table))
+    yield f"{first.network}, {first.mode}, input {' x '.join(map(str, first.input_shape))}"
+    for task, figures in table.items():
+        yield f"    {task!s:45} {figures.median():8.3f} s, samples: {len(figures.seconds)}"
+    for name in PRECISIONS:
+        theirs, mine = (best_of(table, name, ours=ours) for ours in (False, True))
+        yield (
+            f'  "{name}": {ratio(table, name):.2f}x ({table[mine].median():.3f} s, '
+            f"torch {table[theirs].median():.3f} s: {theirs.form}, {theirs.layout})"
         )
-    for name in ("highest", "high"):
-        same = [task for task in tasks if task.precision == name]
-        ours = [task for task in same if task.form == OURS]
-        plain = [task for task in same if task.form != OURS]
-        time_ratio = min(seconds[t] for t in plain) / min(seconds[t] for t in ours)
-        memory_ratio = min(peak[t] for t in plain) / min(peak[t] for t in ours)
-        lines.append(
-            f"  {name}: best torch time / ours {time_ratio:.2f}, least peak of torch / ours"
-            f" {memory_ratio:.2f}"
-        )
-    raw: list[dict[str, object]] = [
-        {**asdict(task), "figures": [asdict(f) for f in figures[task]]} for task in tasks
-    ]
-    return lines, raw
 
 
-RUNS = (("d3net_vocals", "eval"), ("d3net_s_fcn", "eval"), ("d3net_s", "train"))
+def memory_lines(table: Table) -> Iterator[str]:
+    first = next(iter(table))
+    yield f"{first.network}, peak of resident memory in a training step"
+    for task, figures in table.items():
+        yield f"    {task!s:45} {figures.peak_mib:8.0f} MiB, {figures.before_mib:.0f} MiB before"
+
+
+def write_csv(path: Path, rows: Sequence[tuple[Task, Figures]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for task, figures in rows:
+            shape = " x ".join(map(str, task.input_shape))
+            median = f"{figures.median():.5g}" if figures.seconds else ""
+            memory = [
+                "" if mib is None else f"{mib:.0f}"
+                for mib in (figures.peak_mib, figures.before_mib)
+            ]
+            way = (task.network, shape, task.mode, task.form, task.layout, task.precision)
+            writer.writerow([*way, median, len(figures.seconds), *memory])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.nets", description=__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="networks with TEXT in the name")
-    parser.add_argument("--eval", action="store_true", help="eval only")
-    parser.add_argument("--train", action="store_true", help="training steps only")
-    parser.add_argument("--repeat", type=int, default=2, metavar="N", help="processes of each kind")
-    parser.add_argument(
-        "--save", metavar="NAME", help="keep as benchmarks/saved/NAME.json, for git"
-    )
-    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--eval", action="store_true", help="eval only, no memory")
+    parser.add_argument("--train", action="store_true", help="training steps and memory only")
+    parser.add_argument("--all", action="store_true", help=f"{' '.join(SLOW_RUN)} too, minutes")
+    parser.add_argument("--quick", action="store_true", help="small inputs: does it run")
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="default 4")
+    add_output_options(parser)
+    parser.add_argument("--task", help=argparse.SUPPRESS)  # of memory_apart
     options = parser.parse_args(arguments)
     if options.task is not None:
-        print(json.dumps(asdict(run_here(Task(**json.loads(options.task))))))
+        fields = json.loads(options.task)
+        task = Task(**{**fields, "input_shape": tuple(fields["input_shape"])})
+        print(json.dumps(asdict(memory_here(task))))
         return
-    wanted = [mode for mode in ("eval", "train") if getattr(options, mode)] or ["eval", "train"]
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = options.save or f"{stamp}-nets"
-    path = FOLDER / ("saved" if options.save else "results") / f"{name}.json"
-    print(describe_machine(), flush=True)
-    summary, raw = [], []
-    for network, mode in RUNS:
-        if options.only in network and mode in wanted:
-            lines, figures = compare(network, mode, options.repeat)
-            print("\n".join(lines), flush=True)
-            summary += lines
-            raw += figures
-    if not raw:
-        parser.error(f"nothing to run; there are {', '.join(f'{n} ({m})' for n, m in RUNS)}")
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    notes = {"machine": describe_machine(), **versions, "when": stamp, "summary": summary}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**notes, "figures": raw}, indent=2) + "\n")
-    print(f"all figures: {path.relative_to(FOLDER.parent)}")
+    if options.rounds < 2:  # with one, trials could not be told from the race
+        parser.error(f"--rounds is {options.rounds}; accepted are 2 and more")
+    modes = [mode for mode in ("eval", "train") if getattr(options, mode)] or ["eval", "train"]
+    runs = [
+        run
+        for run in RUNS
+        if options.only in run[0] and run[1] in modes and (options.all or run[:2] != SLOW_RUN)
+    ]
+    if not runs:
+        parser.error(f"nothing to run; there are {', '.join(f'{n} ({m})' for n, m, _ in RUNS)}")
+
+    stem = stem_of("nets", options)
+    print(conditions()["machine"], flush=True)
+    sgemm = Sgemm()
+    summary: list[str] = []
+    rows: list[tuple[Task, Figures]] = []
+    verdicts: list[Verdict] = []
+
+    def report(lines: Iterator[str], table: Table) -> None:
+        text = list(lines)
+        print("\n".join(text), flush=True)
+        summary.extend(text)
+        rows.extend(table.items())
+
+    for network, mode, asked in runs:
+        shape = SMALL[network] if options.quick else find(network).input_shape
+        table = time_network(network, shape, mode, options.rounds)
+        sgemm.sample()
+        report(time_lines(table), table)
+        if asked is not None:
+            verdicts.append(Verdict(f'{network}, {mode}, "high"', asked, ratio(table, "high")))
+        if (network, mode) == (MEMORY_NETWORK, "train"):
+            both = [best_of(table, "high", ours=ours) for ours in (False, True)]
+            peaks = {task: memory_apart(task) for task in tqdm(both, desc="memory", leave=False)}
+            report(memory_lines(peaks), peaks)
+            theirs, mine = (peaks[task].peak_mib or 0 for task in both)
+            what = f"{network}, peak memory of a training step, torch / ours"
+            verdicts.append(Verdict(what, MEMORY_RATIO, theirs / mine))
+    summary += ["", *verdict_lines(verdicts)] if verdicts else []
+    summary.append(f"sgemm of {Sgemm.SIZE} in this run: {sgemm.gigaflops():.0f} GF/s")
+    write_csv(beside(stem, ".csv"), rows)
+    write_notes(stem, summary, figures=[{**asdict(task), **asdict(f)} for task, f in rows])
+    print("\n".join(summary[summary.index("") :] if verdicts else summary[-1:]))
+    print(f"all figures: {shown(stem, '.*')}")
 
 
 if __name__ == "__main__":

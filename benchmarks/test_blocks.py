@@ -36,4 +36,4 @@ def test_block(
     layout: str,
 ) -> None:
     call = Call.random(shape, mode, layout)
-    benchmark(call.prepared(forms_of(mode)[form]))
+    benchmark(call.prepared(forms_of(mode)[form]).call)

@@ -20,8 +20,14 @@ struct Norm {
 
 /// The convolution of one source for all the layers that read it: a slot of k outputs each.
 struct SlotConv {
-  Weight weight;               // (k (L - i), C_i, 3, 3)
+  Weight weight;               // (k (L - i), C_i, kernel_h, kernel_w)
   const void* bias = nullptr;  // (k (L - i),) of the accumulation type, or null
+};
+
+/// Some channels of x_0, which may come in several tensors that follow each other.
+struct Part {
+  View x;  // channels adjacent
+  int64_t channels = 0;
 };
 
 struct D2Problem {
@@ -29,10 +35,14 @@ struct D2Problem {
   int64_t batch = 0, height = 0, width = 0;
   int64_t in_channels = 0, growth = 0, layers = 0;
   int64_t out_layers = 0;  // how many of the last layers are the result
+  int64_t kernel_h = 3, kernel_w = 3;
   bool per_layer = false;  // a norm for each layer's sources together, instead of one per source
+  bool relu = true;
   double eps = 1e-5;
-  int precision = 0;  // cpu::Precision
-  View x;             // channels adjacent
+  int precision = 0;           // cpu::Precision
+  bool weights_recur = false;  // the next calls are expected to have the same weights
+  const Part* parts = nullptr;
+  int64_t num_parts = 0;
   const SlotConv* convs = nullptr;
   const Norm* norms = nullptr;
 
@@ -42,6 +52,10 @@ struct D2Problem {
   }
   int64_t in_row(int64_t layer) const { return row() - growth * (layers - layer + 1); }
   int64_t hidden_layers() const { return layers - out_layers; }
+  int64_t multiplications() const {
+    const int64_t pairs = growth * (layers - 1) * layers / 2;  // each later source and its layers
+    return batch * height * width * kernel_h * kernel_w * growth * (in_channels * layers + pairs);
+  }
 
   /// Channels of the sources x_0 .. x_{L-1} together, which statistics are kept of.
   int64_t source_channels() const { return in_channels + (layers - 1) * growth; }

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "cpu/kernels.h"
+#include "cpu/packed_cache.h"
 #include "cpu_tensors.h"
 #include "d2_block.h"
 
@@ -23,29 +24,43 @@ Tensor with_adjacent_channels(const Tensor& x) {
 /// The block's arguments as a D2Problem, with the memory it points to.
 class BlockCall {
  public:
-  BlockCall(const Tensor& any_x, const Tensors& weights, const Tensors& biases,
+  BlockCall(const Tensors& inputs, const Tensors& weights, const Tensors& biases,
             const Tensors& norm_weights, const Tensors& norm_biases, const Tensors& running_means,
             const Tensors& running_variances, const Ints& use_batch, double eps, bool per_layer,
-            int64_t out_layers, int64_t precision)
-      : x_(with_adjacent_channels(any_x)) {
-    const Tensor& x = x_;
+            bool relu, int64_t out_layers, int64_t precision) {
     const size_t layers = weights.size();
+    STD_TORCH_CHECK(!inputs.empty(), "d2_block: x must come in one part at least");
+    for (const Tensor& input : inputs) {
+      const Tensor& x = inputs_.emplace_back(with_adjacent_channels(input));
+      parts_.push_back({view_of(x), x.size(1)});
+      problem.in_channels += x.size(1);
+      STD_TORCH_CHECK(x.size(0) == inputs[0].size(0) && x.size(2) == inputs[0].size(2) &&
+                          x.size(3) == inputs[0].size(3) && dtype_of(x) == dtype_of(inputs[0]),
+                      "d2_block: all parts of x must share N, H, W and dtype");
+    }
+    const Tensor& x = inputs_[0];
     STD_TORCH_CHECK(layers > 0 && biases.size() == layers && norm_weights.size() == layers &&
                         norm_biases.size() == layers && running_means.size() == layers &&
                         running_variances.size() == layers && use_batch.size() == layers,
                     "d2_block: there must be one convolution and one norm a layer");
     problem.dtype = dtype_of(x);
     problem.batch = x.size(0);
-    problem.in_channels = x.size(1);
     problem.height = x.size(2);
     problem.width = x.size(3);
     problem.growth = weights.back().size(0);
     problem.layers = static_cast<int64_t>(layers);
     problem.out_layers = out_layers;
+    problem.kernel_h = weights[0].size(2);
+    problem.kernel_w = weights[0].size(3);
     problem.per_layer = per_layer;
+    problem.relu = relu;
     problem.eps = eps;
     problem.precision = static_cast<int>(precision);
-    problem.x = view_of(x);
+    problem.parts = parts_.data();
+    problem.num_parts = static_cast<int64_t>(parts_.size());
+    STD_TORCH_CHECK(problem.kernel_h % 2 == 1 && problem.kernel_w % 2 == 1 &&
+                        problem.kernel_h * problem.kernel_w <= cpu::kMostTaps,
+                    "d2_block: kernels must have odd sides and at most 64 taps");
     STD_TORCH_CHECK(out_layers >= 1 && out_layers <= problem.layers,
                     "d2_block: out_layers must lie between 1 and the number of layers");
     for (size_t i = 0; i < layers; ++i) {
@@ -53,9 +68,9 @@ class BlockCall {
       const Tensor& w = weights[i];
       STD_TORCH_CHECK(
           w.dim() == 4 && w.size(0) == problem.growth * (problem.layers - source) &&
-              w.size(1) == channels && w.size(2) == 3 && w.size(3) == 3 && w.is_cpu() &&
-              dtype_of(w) == problem.dtype,
-          "d2_block: a weight must be (k (L - i), C_i, 3, 3) with x's dtype and device");
+              w.size(1) == channels && w.size(2) == problem.kernel_h &&
+              w.size(3) == problem.kernel_w && w.is_cpu() && dtype_of(w) == problem.dtype,
+          "d2_block: a weight must be (k (L - i), C_i, kh, kw) with x's dtype and device");
       convs_.push_back({weight_of(w), vector(biases[i], w.size(0))});
       const int64_t normed = per_layer ? problem.first_channel(source) + channels : channels;
       norms_.push_back({vector(norm_weights[i], normed), vector(norm_biases[i], normed), nullptr,
@@ -96,20 +111,23 @@ class BlockCall {
     return vectors_.back().data();
   }
 
-  Tensor x_;
+  Tensors inputs_;
+  std::vector<Part> parts_;
   std::vector<SlotConv> convs_;
   std::vector<Norm> norms_;
   std::vector<Coefficients> vectors_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensors weights, Tensors biases,
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors parts, Tensors weights, Tensors biases,
                                                    Tensors norm_weights, Tensors norm_biases,
                                                    Tensors running_means, Tensors running_variances,
                                                    Ints use_batch, double eps, bool per_layer,
-                                                   int64_t out_layers, int64_t precision,
+                                                   bool relu, int64_t out_layers, int64_t precision,
                                                    bool keep) {
-  const BlockCall call(x, weights, biases, norm_weights, norm_biases, running_means,
-                       running_variances, use_batch, eps, per_layer, out_layers, precision);
+  BlockCall call(parts, weights, biases, norm_weights, norm_biases, running_means,
+                 running_variances, use_batch, eps, per_layer, relu, out_layers, precision);
+  call.problem.weights_recur = !keep;  // who goes backward has others soon
+  const Tensor& x = parts[0];
   const D2Problem& p = call.problem;
   const ScalarType kept = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
   Tensor out = new_output(x, p.batch, p.growth * p.out_layers, p.height, p.width, true);
@@ -124,8 +142,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensors weights, Te
   if (!call.empty()) {
     if (call.measures_input()) {
       std::vector<double> moments(static_cast<size_t>(2 * p.in_channels));
-      cpu::kernels().moments(p.dtype, p.x, p.batch, p.in_channels, p.height, p.width,
-                             moments.data());
+      double* next = moments.data();
+      for (const Part* part = p.parts; part < p.parts + p.num_parts; ++part) {
+        cpu::kernels().moments(p.dtype, part->x, p.batch, part->channels, p.height, p.width, next);
+        next += 2 * part->channels;
+      }
       assign(torch::stable::narrow(mean, 0, 0, p.in_channels), moments.data(), 2);
       assign(torch::stable::narrow(variance, 0, 0, p.in_channels), moments.data() + 1, 2);
     }
@@ -137,12 +158,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensors weights, Te
 }
 
 std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors> backward(
-    Tensor grad_out, Tensor x, Tensor out, Tensor features, Tensor mean, Tensor variance,
+    Tensor grad_out, Tensors parts, Tensor out, Tensor features, Tensor mean, Tensor variance,
     Tensors weights, Tensors biases, Tensors norm_weights, Tensors norm_biases,
     Tensors running_means, Tensors running_variances, Ints use_batch, double eps, bool per_layer,
-    int64_t out_layers, int64_t precision, Ints wanted) {
-  const BlockCall call(x, weights, biases, norm_weights, norm_biases, running_means,
-                       running_variances, use_batch, eps, per_layer, out_layers, precision);
+    bool relu, int64_t out_layers, int64_t precision, Ints wanted) {
+  const BlockCall call(parts, weights, biases, norm_weights, norm_biases, running_means,
+                       running_variances, use_batch, eps, per_layer, relu, out_layers, precision);
+  const Tensor& x = parts[0];
   const D2Problem& p = call.problem;
   const size_t layers = weights.size();
   STD_TORCH_CHECK(wanted.size() == 1 + 4 * layers && grad_out.dim() == 4 && grad_out.is_cpu() &&
@@ -192,6 +214,9 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors> backward(
           std::move(grads[3])};
 }
 
+/// What is kept of packed weights.
+int64_t packed_bytes() { return static_cast<int64_t>(cpu::PackedCache::of_process().bytes()); }
+
 std::string plan(int64_t batch, int64_t in_channels, int64_t out_channels, int64_t height,
                  int64_t width, int64_t dilation, int64_t precision, bool exact) {
   STD_TORCH_CHECK(batch > 0 && in_channels > 0 && out_channels > 0 && height > 0 && width > 0 &&
@@ -212,6 +237,7 @@ std::string plan(int64_t batch, int64_t in_channels, int64_t out_channels, int64
 
 STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_plan", TORCH_BOX(&d3net::plan));
+  m.impl("cpu_packed_bytes", TORCH_BOX(&d3net::packed_bytes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CPU, m) {

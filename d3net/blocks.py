@@ -6,7 +6,7 @@ tasks, CVPR 2021, sections 3 to 5. The D2 core itself is `d3net_kernels.D2Block`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Literal, TypeAlias
@@ -16,37 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from d3net_kernels import D2Block, multidilated_conv2d
+from d3net_kernels import D2Block, NormConv2d, multidilated_conv2d
 
 Dilation: TypeAlias = Literal["multi", "standard", "none"]
 Norm: TypeAlias = Literal["per_source", "per_layer"]
+# (N, C, H, W), or a list of tensors whose concatenation it is, and which is not made.
+Parts: TypeAlias = Tensor | Sequence[Tensor]
 DILATIONS: tuple[Dilation, ...] = ("multi", "standard", "none")
 
 
-class NormConv(nn.Module):
-    """Batch normalisation, a ReLU if asked for, then a 1x1 convolution.
-
-    Parameters: norm (weight, bias), conv (weight, and bias if asked for).
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        relu: bool = True,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(in_channels)
-        self.relu = relu
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        x = self.norm(x)
-        out: Tensor = self.conv(F.relu(x, inplace=True) if self.relu else x)
-        return out
+def joined(x: Parts) -> Tensor:
+    """The tensor that the parts are of."""
+    if isinstance(x, Tensor):
+        return x
+    return torch.cat(list(x), 1) if len(x) > 1 else x[0]
 
 
 class ConvNorm(nn.Module):
@@ -61,9 +44,10 @@ class ConvNorm(nn.Module):
         )
         self.norm = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Parts) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        return F.relu(self.norm(self.conv(x)), inplace=True)
+        made = self.conv(joined(x))
+        return F.relu(self.norm(made), inplace=True)
 
 
 class SingleDilationD2Block(D2Block):
@@ -90,9 +74,9 @@ class SingleDilationD2Block(D2Block):
         )
         self.dilation = dilation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Parts) -> Tensor:
         """x_0 (N, C_0, H, W) to the last layers' raw outputs, (N, k * out_layers, H, W)."""
-        sources, normalised = [x], []
+        sources, normalised = [joined(x)], []
         for layer, norm in enumerate(self.norms):
             if self.norm == "per_source":
                 normalised.append(F.relu(norm(sources[-1])))
@@ -174,22 +158,21 @@ class ReducedD2Block(nn.Module):
     ) -> None:
         super().__init__()
         width, made = 4 * growth_rate, growth_rate * num_layers
-        self.bottleneck: NormConv | None = None
+        self.bottleneck: NormConv2d | None = None
         if always_bottleneck or in_channels > width:
-            self.bottleneck = NormConv(in_channels, width, bias=bias)
+            self.bottleneck = NormConv2d(in_channels, width, bias=bias)
             in_channels = width
         self.core = d2_core(
             in_channels, growth_rate, num_layers, norm=norm, dilation=dilation, bias=bias
         )
-        self.compression: NormConv | None = None
+        self.compression: NormConv2d | None = None
         self.out_channels = made
         if compression is not None:
             self.out_channels = int(made * compression)
-            self.compression = NormConv(made, self.out_channels, bias=False)
+            self.compression = NormConv2d(made, self.out_channels, bias=False)
 
-    def forward(self, *pieces: Tensor) -> Tensor:
-        """The input in pieces (N, C_i, H, W) with sum C_i = C -> (N, out_channels, H, W)."""
-        x = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+    def forward(self, x: Parts) -> Tensor:
+        """(N, C, H, W) -> (N, out_channels, H, W)."""
         if self.bottleneck is not None:
             x = self.bottleneck(x)
         out: Tensor = self.core(x)
@@ -206,19 +189,19 @@ class _D3Block(nn.Module):
         self.blocks = nn.ModuleList()
         self.checkpointing = False
 
-    def _run(self, block: nn.Module, *pieces: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Parts) -> Tensor:
         if not (self.checkpointing and self.training and torch.is_grad_enabled()):
-            result: Tensor = block(*pieces)
+            result: Tensor = block(x)
             return result
 
         if torch.compiler.is_compiling():  # recomputes values, but no updates of statistics
-            compiled: Tensor = checkpoint(block, *pieces, use_reentrant=False)
+            compiled: Tensor = checkpoint(block, x, use_reentrant=False)
             return compiled
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), _statistics_kept(block)
 
-        recomputed: Tensor = checkpoint(block, *pieces, use_reentrant=False, context_fn=contexts)
+        recomputed: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
         return recomputed
 
 
@@ -240,7 +223,7 @@ class ConcatD3Block(_D3Block):
     """A D3 block that concatenates: every D2 block reads the input and all D2 blocks before it.
 
     Section 4, Fig. 4, as the official segmentation network has it: the result is the input and the
-    compressed outputs of the M D2 blocks.
+    compressed outputs of the M D2 blocks, left apart for those that read it.
 
     Args:
         in_channels: C.
@@ -278,12 +261,12 @@ class ConcatD3Block(_D3Block):
             in_channels += block.out_channels
         self.out_channels = in_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, out_channels, H, W), the input first."""
-        pieces = [x]
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, C, H, W) -> the parts of (N, out_channels, H, W), the input first."""
+        parts = [x]
         for block in self.blocks:
-            pieces.append(self._run(block, *pieces))
-        return torch.cat(pieces, 1)
+            parts.append(self._run(block, list(parts)))
+        return parts
 
 
 class SumD3Block(_D3Block):
@@ -326,7 +309,7 @@ class SumD3Block(_D3Block):
                 )
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Parts) -> Tensor:
         """(N, C, H, W) -> (N, k, H, W)."""
         waiting = self._run(self.blocks[0], x)
         for block in list(self.blocks)[1:]:
@@ -344,9 +327,9 @@ class Transition(nn.Module):
     def __init__(self, in_channels: int) -> None:
         super().__init__()
         self.out_channels = in_channels // 2
-        self.reduce = NormConv(in_channels, self.out_channels, bias=False)
+        self.reduce = NormConv2d(in_channels, self.out_channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Parts) -> Tensor:
         """(N, C, H, W) -> (N, C // 2, H // 2, W // 2)."""
         return F.avg_pool2d(self.reduce(x), 2)
 

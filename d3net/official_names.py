@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from d3net.blocks import (
     ConcatD3Block,
     ConvNorm,
-    NormConv,
     ReducedD2Block,
     SumD3Block,
     Transition,
@@ -23,7 +22,7 @@ from d3net.blocks import (
 from d3net.heads import FCNHead
 from d3net.segmentation import D3NetBackbone, SegmentationNet
 from d3net.separation import BandUNet, SeparationNet
-from d3net_kernels import D2Block
+from d3net_kernels import D2Block, NormConv2d
 
 
 class Official(NamedTuple):
@@ -146,7 +145,7 @@ def separation_scopes(net: SeparationNet) -> Scopes:
     yield f"{t}/features_init/1", net.init_high
     for i, (branch, match) in enumerate(((net.low, net.match_low), (net.high, net.match_high))):
         yield from u_net_scopes(branch, f"{t}/dense_band/{i}")
-        if isinstance(match, NormConv):
+        if isinstance(match, NormConv2d):
             yield f"{t}/match_fm_conv/{i}/norm", match.norm
             yield f"{t}/match_fm_conv/{i}/conv", match.conv
     yield f"{t}/features_init_full", net.init_full

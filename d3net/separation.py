@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d3net import checks, initialise
-from d3net.blocks import Dilation, Norm, NormConv, SumD3Block, Upsample, d2_core, set_checkpointing
+from d3net.blocks import Dilation, Norm, SumD3Block, Upsample, d2_core, set_checkpointing
 from d3net.pretrained import Pretrained
+from d3net_kernels import NormConv2d
 from d3net_kernels.checks import positive_int, positive_ints
 
 SEPARATION_SIZES = (
@@ -162,7 +163,7 @@ class BandUNet(nn.Module):
             x = F.avg_pool2d(x, 2)
         x = self.bottom(x)
         for upsample, block in zip(self.upsamples, self.up, strict=True):
-            x = block(torch.cat([upsample(x), skips.pop()], 1))
+            x = block([upsample(x), skips.pop()])
         return x
 
 
@@ -214,7 +215,7 @@ class SeparationNet(Pretrained):
         )
         joined = max(self.low.out_channels, self.high.out_channels)
         self.match_low, self.match_high = (
-            NormConv(band.out_channels, joined, relu=False)
+            NormConv2d(band.out_channels, joined, relu=False)
             if band.out_channels < joined
             else nn.Identity()
             for band in (self.low, self.high)
@@ -260,8 +261,7 @@ class SeparationNet(Pretrained):
         low = self.match_low(self.low(self.init_low(x[..., :split])))
         high = self.match_high(self.high(self.init_high(x[..., split:])))
         full = self.full(self.init_full(x))
-        joined = torch.cat([torch.cat([low, high], 3), full], 1)
-        source = self.gate(self.final(joined))
+        source = self.gate(self.final([torch.cat([low, high], 3), full]))
         source = F.relu(source * self.decode_scale + self.decode_bias)
         return torch.cat([source, magnitudes[..., top:].to(source.dtype)], 3)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import backends, block_layers, block_node, checks, reference
 from ._layout import autocast_dtype_for
-from .block_params import D2Params, Norm, Processes
+from .block_params import ConvParams, D2Params, Norm, NormParams, Processes
 
 
 def d2_block(
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     params: D2Params,
     *,
     norm: Norm = "per_source",
@@ -31,7 +33,8 @@ def d2_block(
     "high" and "medium" allow transforms on larger tiles, with two to three times its error.
 
     Args:
-        x: x_0, (N, C_0, H, W) of float32, float64, bfloat16 or float16.
+        x: x_0, (N, C_0, H, W) of float32, float64, bfloat16 or float16; or a list of tensors whose
+            concatenation it is, which is then never made.
         params: see :class:`D2Params`.
         norm: "per_source" shares one batch normalisation of a source among all its layers (as the
             official release does); "per_layer" has one per layer (eq. 2 read literally).
@@ -53,22 +56,59 @@ def d2_block(
     layers = len(params.convs)
     out_layers = checks.block_options(norm, out_layers, layers)
     batch_statistics = any(n.running_mean is None or n.use_batch_statistics for n in params.norms)
-    group = checks.block_input(x, params.convs[0].weight, batch_statistics, process_group)
-    forced = backends.forced_for([x])
+    parts, group = checks.block_input(x, params.convs[0].weight, batch_statistics, process_group)
+    forced = backends.forced_for(parts)
     if forced == "reference":
         if group is not None:
             raise RuntimeError(
                 "the reference backend takes batch statistics of one process alone; pass "
                 "process_group=None, or leave the choice of the backend out"
             )
-        return reference.d2_block(x, params, norm=norm, out_layers=out_layers)
-    autocast = autocast_dtype_for(x)
-    if autocast is not None:
-        x = x.to(autocast)  # once, and not once per layer
-        params = _cast(params, autocast)
-    if group is None and forced in (None, "cpu") and block_node.serves(x, params, norm):
-        return block_node.d2_block(x, params, norm, out_layers)
-    return block_layers.d2_block(x, params, norm, out_layers, group)
+        return reference.d2_block(parts, params, norm=norm, out_layers=out_layers)
+    parts, params = _as_autocast(parts, params)
+    if group is None and forced in (None, "cpu") and block_node.serves(parts, params, norm):
+        return block_node.d2_block(parts, params, norm, out_layers)
+    return block_layers.d2_block(parts, params, norm, out_layers, group)
+
+
+def norm_conv2d(
+    x: Tensor | Sequence[Tensor], conv: ConvParams, norm: NormParams, *, relu: bool = True
+) -> Tensor:
+    """Batch normalisation, ReLU if asked for, and a convolution, on a list of tensors at once.
+
+    The 1x1 convolutions of D3Net (section 4: bottleneck, compression, transition) without the
+    concatenation of what they read and without keeping what they normalise. With the compiled CPU
+    kernels it is one node of the autograd graph, as :func:`d2_block`; elsewhere plain torch.
+
+    Args:
+        x: (N, C, H, W) of float32, float64, bfloat16 or float16, or a list of tensors whose
+            concatenation it is.
+        conv: weight (K, C, kh, kw) with odd sides, and bias (K,) or None.
+        norm: of the C channels.
+        relu: whether negative values become zero before the convolution.
+
+    Returns:
+        (N, K, H, W); "same" zero padding.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or sizes do not fit together.
+    """
+    batch_statistics = norm.running_mean is None or norm.use_batch_statistics
+    parts, _ = checks.block_input(x, conv.weight, batch_statistics, None)
+    forced = backends.forced_for(parts)
+    params = D2Params([conv], [norm])
+    if forced in (None, "cpu"):
+        cast_parts, cast_params = _as_autocast(parts, params)
+        if block_node.serves(cast_parts, cast_params, "per_source"):
+            return block_node.d2_block(cast_parts, cast_params, "per_source", 1, relu)
+    return reference.norm_conv2d(parts, conv, norm, relu=relu)
+
+
+def _as_autocast(parts: list[Tensor], params: D2Params) -> tuple[list[Tensor], D2Params]:
+    dtype = autocast_dtype_for(parts[0])
+    if dtype is None:
+        return parts, params
+    return [part.to(dtype) for part in parts], _cast(params, dtype)  # once, and not once per layer
 
 
 def _cast(params: D2Params, dtype: torch.dtype) -> D2Params:

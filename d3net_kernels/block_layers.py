@@ -15,22 +15,32 @@ from .statistics import Statistics, batch_statistics
 
 
 def d2_block(
-    x: Tensor, params: D2Params, norm: Norm, out_layers: int, group: dist.ProcessGroup | None
+    parts: Sequence[Tensor],
+    params: D2Params,
+    norm: Norm,
+    out_layers: int,
+    group: dist.ProcessGroup | None,
+    relu: bool = True,
 ) -> Tensor:
     """The block through one multidilated convolution a layer; arguments as they were checked.
 
-    `group` are the processes that share their batch statistics, None for this one alone.
+    `parts` are x_0, tensors whose channels follow each other. `group` are the processes that share
+    their batch statistics, None for this one alone.
     """
     growth = params.convs[-1].weight.shape[0]
     psi_of = _PsiPerSource if norm == "per_source" else _PsiPerLayer
     psi = psi_of(params.norms, group)
-    sources = [x]
+    sources, newest = list(parts), list(parts)
+    dilations = [1] * len(parts)
     for layer in range(1, len(params.convs) + 1):
-        scale, shift = psi.next(sources[-1])
+        scale, shift = psi.next(newest)
         weight, bias = _layer_params(params.convs[:layer], layer, growth)
-        sources.append(
-            multidilated_conv2d(sources, weight, bias, scale=scale, shift=shift, relu=True)
+        made = multidilated_conv2d(
+            sources, weight, bias, dilations=dilations, scale=scale, shift=shift, relu=relu
         )
+        newest = [made]
+        sources.append(made)
+        dilations.append(1 << layer)
     return sources[-1] if out_layers == 1 else torch.cat(sources[-out_layers:], 1)
 
 
@@ -56,12 +66,12 @@ class _PsiPerSource:
         self._scales: list[Tensor] = []
         self._shifts: list[Tensor] = []
 
-    def next(self, newest: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the next layer, whose last source is `newest`."""
+    def next(self, newest: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Those of the next layer, whose last source is `newest`, in one part or several."""
         norm = self._norms[len(self._scales)]
-        uses_batch = _uses_batch(norm, newest, self._group)
-        statistics = batch_statistics(newest, self._group) if uses_batch else None
-        scale, shift = _scale_and_shift(norm, statistics, newest)
+        uses_batch = _uses_batch(norm, newest[0], self._group)
+        statistics = _joined_statistics(newest, self._group) if uses_batch else None
+        scale, shift = _scale_and_shift(norm, statistics, newest[0])
         self._scales.append(scale)
         self._shifts.append(shift)
         return torch.cat(self._scales), torch.cat(self._shifts)
@@ -76,17 +86,28 @@ class _PsiPerLayer:
         self._statistics: list[Statistics] = []
         self._layers = 0
 
-    def next(self, newest: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the next layer, whose last source is `newest`."""
+    def next(self, newest: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Those of the next layer, whose last source is `newest`, in one part or several."""
         norm = self._norms[self._layers]
-        if any(_uses_batch(later, newest, self._group) for later in self._norms[self._layers :]):
-            self._statistics.append(batch_statistics(newest, self._group))
+        x = newest[0]
+        if any(_uses_batch(later, x, self._group) for later in self._norms[self._layers :]):
+            self._statistics.append(_joined_statistics(newest, self._group))
         self._layers += 1
-        if not _uses_batch(norm, newest, self._group):
-            return _scale_and_shift(norm, None, newest)
-        means, variances, sizes = zip(*self._statistics, strict=True)
-        of_all = Statistics(torch.cat(means), torch.cat(variances), sizes[0])
-        return _scale_and_shift(norm, of_all, newest)
+        if not _uses_batch(norm, x, self._group):
+            return _scale_and_shift(norm, None, x)
+        return _scale_and_shift(norm, _join(self._statistics), x)
+
+
+def _joined_statistics(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> Statistics:
+    return _join([batch_statistics(part, group) for part in parts])
+
+
+def _join(statistics: Sequence[Statistics]) -> Statistics:
+    """Those of channels that follow each other."""
+    if len(statistics) == 1:
+        return statistics[0]
+    means, variances, sizes = zip(*statistics, strict=True)
+    return Statistics(torch.cat(means), torch.cat(variances), sizes[0])
 
 
 def _uses_batch(norm: NormParams, x: Tensor, group: dist.ProcessGroup | None) -> bool:

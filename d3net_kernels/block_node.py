@@ -36,23 +36,25 @@ def precision() -> int:
 precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def serves(x: Tensor, params: D2Params, norm: Norm) -> bool:
+def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
     """Whether the node can do it; what it cannot, arguments that do not fit among it, block_layers
     does or explains. Exported programs are to run elsewhere too: they hold operators that every
     device has.
     """
     if torch.compiler.is_exporting():
         return False
+    x = parts[0]
     if x.device.type != "cpu" or x.numel() == 0 or cpu.why_not(()) is not None:
         return False
     layers = len(params.convs)
-    growth = params.convs[-1].weight.shape[0]
+    growth, _, *kernel = params.convs[-1].weight.shape
+    in_channels = sum(part.shape[1] for part in parts)
     if len(params.norms) != layers or growth * layers < FEWEST_CHANNELS:
         return False
     for i, (conv, normalisation) in enumerate(zip(params.convs, params.norms, strict=True)):
-        channels = growth if i else x.shape[1]
-        normed = x.shape[1] + i * growth if norm == "per_layer" else channels
-        if conv.weight.shape != (growth * (layers - i), channels, 3, 3):
+        channels = growth if i else in_channels
+        normed = in_channels + i * growth if norm == "per_layer" else channels
+        if conv.weight.shape != (growth * (layers - i), channels, *kernel):
             return False
         vectors = [normalisation.weight, normalisation.bias]
         if normalisation.running_mean is not None and normalisation.running_var is not None:
@@ -69,12 +71,15 @@ def serves(x: Tensor, params: D2Params, norm: Norm) -> bool:
     return True
 
 
-def d2_block(x: Tensor, params: D2Params, norm: Norm, out_layers: int) -> Tensor:
+def d2_block(
+    parts: Sequence[Tensor], params: D2Params, norm: Norm, out_layers: int, relu: bool = True
+) -> Tensor:
     """The block through its own operator; arguments as `serves` accepted them."""
+    x = parts[0]
     absent = x.new_empty(0)
     convs, norms = params
     out, _, mean, var = ops.d2_block(
-        x,
+        parts,
         [conv.weight for conv in convs],
         [absent if conv.bias is None else conv.bias for conv in convs],
         [n.weight for n in norms],
@@ -84,11 +89,12 @@ def d2_block(x: Tensor, params: D2Params, norm: Norm, out_layers: int) -> Tensor
         [int(_takes_batch(n)) for n in norms],
         norms[0].eps,
         norm == "per_layer",
+        relu,
         out_layers,
         precision(),
         False,
     )
-    count = x.numel() // x.shape[1]
+    count = x.shape[0] * x.shape[2] * x.shape[3]
     start = 0
     for conv, n in zip(convs, norms, strict=True):
         end = start + conv.weight.shape[1]
@@ -110,6 +116,7 @@ class _Options(NamedTuple):
     use_batch: list[int]
     eps: float
     per_layer: bool
+    relu: bool
     out_layers: int
     precision: int
 
@@ -117,7 +124,7 @@ class _Options(NamedTuple):
 class _Arguments(NamedTuple):
     """The operators' tensors; autograd sees them one by one."""
 
-    x: Tensor
+    parts: Sequence[Tensor]
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
     norm_weights: Sequence[Tensor]
@@ -126,12 +133,13 @@ class _Arguments(NamedTuple):
     running_vars: Sequence[Tensor]
 
     def flat(self) -> list[Tensor]:
-        return [self.x, *(t for group in self[1:] for t in group)]
+        return [t for group in self for t in group]
 
     @classmethod
-    def of(cls, flat: Sequence[Tensor]) -> _Arguments:
-        layers = (len(flat) - 1) // 6
-        return cls(flat[0], *(flat[1 + layers * i : 1 + layers * (i + 1)] for i in range(6)))
+    def of(cls, flat: Sequence[Tensor], layers: int) -> _Arguments:
+        start = len(flat) - 6 * layers
+        groups = (flat[start + layers * i : start + layers * (i + 1)] for i in range(6))
+        return cls(flat[:start], *groups)
 
     def block(self, options: _Options) -> Tensor:
         """The same block layer by layer; running statistics stay as they are."""
@@ -144,7 +152,9 @@ class _Arguments(NamedTuple):
             kept_mean, kept_var = (None, None) if batch else (mean, var)
             norms.append(NormParams(w, b, kept_mean, kept_var, False, 0.0, options.eps))
         norm: Norm = "per_layer" if options.per_layer else "per_source"
-        return block_layers.d2_block(self.x, D2Params(convs, norms), norm, options.out_layers, None)
+        return block_layers.d2_block(
+            self.parts, D2Params(convs, norms), norm, options.out_layers, None, options.relu
+        )
 
 
 def _forward(arguments: _Arguments, options: _Options, keep: bool) -> tuple[Tensor, ...]:
@@ -158,9 +168,9 @@ def _backward(
     options: _Options,
     wanted: list[int],
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weights, biases, norms' weights and biases; empty where not wanted."""
-    x, *parameters = arguments
-    grad_x, *groups = ops.d2_block_backward(grad_out, x, *kept, *parameters, *options, wanted)
+    """Gradients of x_0, weights, biases, norms' weights and biases; empty where not wanted."""
+    parts, *parameters = arguments
+    grad_x, *groups = ops.d2_block_backward(grad_out, parts, *kept, *parameters, *options, wanted)
     return (grad_x, *(t for group in groups for t in group))
 
 
@@ -170,7 +180,7 @@ class _Node(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, options: _Options, *flat: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        arguments = _Arguments.of(flat)
+        arguments = _Arguments.of(flat, len(options.use_batch))
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             out, features, mean, var = _forward(arguments, options, True)
         ctx.mark_non_differentiable(features, mean, var)
@@ -185,10 +195,18 @@ class _Node(_SingleLevelFunction):
         if grad_out is None:
             return (None,) * len(ctx.needs_input_grad)
         out, features, mean, var, *flat = ctx.saved_tensors
-        arguments = _Arguments.of(flat)
-        wanted = [int(w) for w in ctx.needs_input_grad[1 : 2 + 4 * len(arguments.weights)]]
-        gradients = _backward(grad_out, (out, features, mean, var), arguments, ctx.options, wanted)
-        return (None, *_where(wanted, gradients, len(flat)))
+        layers = len(ctx.options.use_batch)
+        arguments = _Arguments.of(flat, layers)
+        num_parts = len(arguments.parts)
+        needs = ctx.needs_input_grad[1:]
+        of_parts, of_others = needs[:num_parts], needs[num_parts : num_parts + 4 * layers]
+        wanted = [int(any(of_parts)), *map(int, of_others)]
+        grad_x, *others = _backward(
+            grad_out, (out, features, mean, var), arguments, ctx.options, wanted
+        )
+        to_parts = [None] * num_parts if not wanted[0] else grad_x.split(_channels(arguments), 1)
+        found = [g if w else None for g, w in zip((*to_parts, *others), needs, strict=False)]
+        return (None, *found, *[None] * (2 * layers))
 
 
 class _BackwardNode(_SingleLevelFunction):
@@ -207,7 +225,8 @@ class _BackwardNode(_SingleLevelFunction):
         ctx.options, ctx.wanted = options, wanted
         ctx.save_for_backward(grad_out, *flat)
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
-            return _backward(grad_out, kept, _Arguments.of(flat), options, wanted)
+            arguments = _Arguments.of(flat, len(options.use_batch))
+            return _backward(grad_out, kept, arguments, options, wanted)
 
     @staticmethod
     def backward(ctx: Any, *to_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -216,8 +235,10 @@ class _BackwardNode(_SingleLevelFunction):
         with torch.enable_grad():
             # Views, since grad_out may have been computed from x: that path is not ours to follow.
             grad_out, *flat = (t.view_as(t) for t in (grad_out, *flat))
-            arguments = _Arguments.of(flat)
-            inputs = [t for t, w in zip(flat, ctx.wanted, strict=False) if w]
+            arguments = _Arguments.of(flat, len(ctx.options.use_batch))
+            x = torch.cat(list(arguments.parts), 1)
+            arguments = arguments._replace(parts=[x])
+            inputs = [t for t, w in zip(arguments.flat(), ctx.wanted, strict=False) if w]
             first = torch.autograd.grad(
                 arguments.block(ctx.options), inputs, grad_out, create_graph=True
             )
@@ -238,9 +259,8 @@ class _BackwardNode(_SingleLevelFunction):
         return (None, None, None, *(next(second) if n else None for n in ctx.needs_input_grad[3:]))
 
 
-def _where(wanted: list[int], gradients: Sequence[Tensor], size: int) -> list[Tensor | None]:
-    found = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
-    return found + [None] * (size - len(found))
+def _channels(arguments: _Arguments) -> list[int]:
+    return [part.shape[1] for part in arguments.parts]
 
 
 # As those of autograd.py, to the type checker: the class has no `apply` it knows of.
@@ -249,7 +269,7 @@ _backward_node: Any = _BackwardNode
 
 
 def _autograd(*arguments: Any) -> Any:
-    flat, options = _Arguments(*arguments[:7]).flat(), _Options(*arguments[7:12])
+    flat, options = _Arguments(*arguments[:7]).flat(), _Options(*arguments[7:13])
     if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
         with enable_single_level_autograd_function():
             return _node.apply(options, *flat)
@@ -258,9 +278,9 @@ def _autograd(*arguments: Any) -> Any:
 
 
 def _autograd_backward(*arguments: Any) -> Any:
-    grad_out, x, *kept = arguments[:6]
-    tensors, options = _Arguments(x, *arguments[6:12]), _Options(*arguments[12:17])
-    wanted = arguments[17]
+    grad_out, parts, *kept = arguments[:6]
+    tensors, options = _Arguments(parts, *arguments[6:12]), _Options(*arguments[12:18])
+    wanted = arguments[18]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, *tensors.flat())):
         with enable_single_level_autograd_function():
             grad_x, *others = _backward_node.apply(options, wanted, kept, grad_out, *tensors.flat())

@@ -6,7 +6,7 @@ Only sizes that must agree are compared, so that tracing with symbolic sizes kee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -130,27 +130,37 @@ def flat_dilations(dilations: Dilations | None, sources: int) -> list[int]:
 
 
 def block_input(
-    x: Tensor, weight: Tensor, batch_statistics: bool, processes: Processes
-) -> dist.ProcessGroup | None:
+    x: Tensor | Sequence[Tensor], weight: Tensor, batch_statistics: bool, processes: Processes
+) -> tuple[list[Tensor], dist.ProcessGroup | None]:
     """Check what enters a D2 block, before it updates its running statistics.
 
     `weight` is that of the source 0; `batch_statistics` says whether any norm takes them. Returns
-    the group to share them with, None where they are those of this process alone.
+    the parts of x, and the group to share the statistics with, None where they are those of this
+    process alone.
     """
-    _source("x", x)
-    if x.shape[1] != weight.shape[1]:
+    if isinstance(x, (list, tuple)):
+        if not x:
+            raise ValueError("x is an empty list; accepted is one tensor (N, C, H, W) at least")
+        parts, channels = list(x), _sources_agree(x, "x")
+    else:
+        only: Any = x
+        _source("x", only)
+        parts, channels = [only], only.shape[1]
+    if channels != weight.shape[1]:
         raise ValueError(
-            f"x has {x.shape[1]} channels, but this D2 block was made for {weight.shape[1]}"
+            f"x has {channels} channels, but this D2 block was made for {weight.shape[1]}"
         )
-    _same_place("weight of source 0", weight, x, "x")
+    first = parts[0]
+    _same_place("weight of source 0", weight, first, "x")
     process_group(processes)
     group = _group_of_several(processes) if batch_statistics else None
-    if batch_statistics and group is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    n, _, height, width = first.shape
+    if batch_statistics and group is None and n * height * width == 1:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}; batch statistics need more than one value per channel "
-            "(use eval() or larger maps)"
+            f"x has shape {tuple(first.shape)}; batch statistics need more than one value per "
+            "channel (use eval() or larger maps)"
         )
-    return group
+    return parts, group
 
 
 def process_group(value: Processes) -> Processes:
@@ -240,27 +250,27 @@ def _cut(x: Tensor, group_channels: Sequence[int] | None) -> list[Tensor]:
     return sources
 
 
-def _sources_agree(sources: list[Tensor]) -> int:
+def _sources_agree(sources: Sequence[Tensor], name: str = "inputs") -> int:
     """Check every source against the first; return the sum of their channels."""
     first = sources[0]
-    _source("inputs[0]", first)
+    _source(f"{name}[0]", first)
     batch, channels, height, width = first.shape
     dtype, device = first.dtype, first.device
     if channels < 1:
-        raise ValueError("inputs[0] has 0 channels; every source needs at least 1")
+        raise ValueError(f"{name}[0] has 0 channels; every source needs at least 1")
     for i in range(1, len(sources)):
         x = sources[i]
-        _source(f"inputs[{i}]", x)
+        _source(f"{name}[{i}]", x)
         n, c, h, w = x.shape
         if n != batch or h != height or w != width:
             raise ValueError(
-                f"inputs[{i}] has shape {tuple(x.shape)} and inputs[0] {tuple(first.shape)}; "
+                f"{name}[{i}] has shape {tuple(x.shape)} and {name}[0] {tuple(first.shape)}; "
                 "all sources must share N, H and W"
             )
         if c < 1:
-            raise ValueError(f"inputs[{i}] has 0 channels; every source needs at least 1")
+            raise ValueError(f"{name}[{i}] has 0 channels; every source needs at least 1")
         if x.dtype != dtype or x.device != device:
-            _same_place(f"inputs[{i}]", x, first)
+            _same_place(f"{name}[{i}]", x, first, f"{name}[0]")
         channels += c
     return channels
 

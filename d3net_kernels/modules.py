@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .block import d2_block
+from .block import d2_block, norm_conv2d
 from .block_params import ConvParams, D2Params, Norm, NormParams, Processes
 from .functional import multidilated_conv2d
 
@@ -150,8 +150,8 @@ class D2Block(nn.Module):
                 )
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x_0 (N, C_0, H, W) to the last layers' raw outputs, (N, k * out_layers, H, W)."""
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """x_0 (N, C_0, H, W), or a list of its parts, to (N, k * out_layers, H, W), raw outputs."""
         convs = [_conv_params(conv) for conv in self.convs]
         batch_statistics = any(_takes_batch_statistics(norm) for norm in self.norms)
         # Before the norms count the batch.
@@ -171,6 +171,69 @@ class D2Block(nn.Module):
             f"{self.in_channels}, growth_rate={self.growth_rate}, num_layers={self.num_layers}, "
             f"out_layers={self.out_layers}, norm={self.norm!r}{shared}"
         )
+
+
+class NormConv2d(nn.Module):
+    """Batch normalisation, a ReLU, then a convolution, on one tensor or on a list of them.
+
+    The list is read as if concatenated, without a copy: the 1x1 convolutions of D3Net (Takahashi &
+    Mitsufuji, CVPR 2021, section 4). See :func:`d3net_kernels.norm_conv2d`.
+
+    Args:
+        in_channels: C, of all tensors of the list together.
+        out_channels: K.
+        kernel_size: odd, an int or (kh, kw).
+        relu: whether there is a ReLU.
+        bias, eps, momentum: as in nn.Conv2d and nn.BatchNorm2d.
+
+    `norm` and `conv` hold the parameters; they are never called themselves, so hooks on them do not
+    run. A norm in eval mode is frozen also while the rest trains.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 1,
+        *,
+        relu: bool = True,
+        bias: bool = True,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        in_channels = checks.positive_int("in_channels", in_channels)
+        out_channels = checks.positive_int("out_channels", out_channels)
+        kernel = checks.kernel_size(kernel_size)
+        self.relu = relu
+        self.norm = nn.BatchNorm2d(
+            in_channels, eps=eps, momentum=momentum, device=device, dtype=dtype
+        )
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel,
+            padding=(kernel[0] // 2, kernel[1] // 2),
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """(N, C, H, W), or a list of its parts, to (N, K, H, W).
+
+        Raises:
+            TypeError, ValueError: x is of the wrong kind or has other channels than C.
+        """
+        conv = _conv_params(self.conv)
+        # Before the norm counts the batch.
+        checks.block_input(x, conv.weight, _takes_batch_statistics(self.norm), None)
+        return norm_conv2d(x, conv, _norm_params(self.norm), relu=self.relu)
+
+    def extra_repr(self) -> str:
+        return f"relu={self.relu}"
 
 
 def _conv_params(conv: nn.Module) -> ConvParams:

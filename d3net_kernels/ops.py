@@ -21,7 +21,7 @@ _PSI = "int[] dilations, Tensor? scale, Tensor? shift, bool relu"
 _BLOCK = (
     "Tensor[] weights, Tensor[] biases, Tensor[] norm_weights, Tensor[] norm_biases,"
     " Tensor[] running_means, Tensor[] running_vars, int[] use_batch, float eps, bool per_layer,"
-    " int out_layers, int precision"
+    " bool relu, int out_layers, int precision"
 )
 
 library = torch.library.Library(_NAMESPACE, "DEF")
@@ -62,15 +62,16 @@ TRITON = Operators.define("triton_multidilated_conv2d")
 multidilated_conv2d, backward_data, backward_weight = DEFAULT
 channel_moments = _define("channel_moments(Tensor x) -> (Tensor mean, Tensor var)")
 d2_block = _define(
-    f"d2_block(Tensor x, {_BLOCK}, bool keep)"
+    f"d2_block(Tensor[] parts, {_BLOCK}, bool keep)"
     " -> (Tensor out, Tensor features, Tensor mean, Tensor var)"
 )
 d2_block_backward = _define(
-    "d2_block_backward(Tensor grad_out, Tensor x, Tensor out, Tensor features, Tensor mean,"
+    "d2_block_backward(Tensor grad_out, Tensor[] parts, Tensor out, Tensor features, Tensor mean,"
     f" Tensor var, {_BLOCK}, int[] wanted) -> (Tensor grad_x, Tensor[] grad_weights,"
     " Tensor[] grad_biases, Tensor[] grad_norm_weights, Tensor[] grad_norm_biases)"
 )
 _define("cpu_isa(str request) -> str")
+_define("cpu_packed_bytes() -> int")
 _define(
     "cpu_plan(int batch, int in_channels, int out_channels, int height, int width, int dilation,"
     " int precision, bool exact) -> str"
@@ -144,7 +145,7 @@ def _fake_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fake_d2_block(
-    x: Tensor,
+    parts: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     norm_weights: Sequence[Tensor],
@@ -154,11 +155,14 @@ def _fake_d2_block(
     use_batch: Sequence[int],
     eps: float,
     per_layer: bool,
+    relu: bool,
     out_layers: int,
     precision: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, channels, h, w = x.shape
+    x = parts[0]
+    n, _, h, w = x.shape
+    channels = weights[0].shape[1]
     layers, growth = len(weights), weights[-1].shape[0]
     out = _layout.empty_channels_last((n, growth * out_layers, h, w), x)
     kept = _layout.hidden_pitch(growth, layers, out_layers) if keep else 0
@@ -168,7 +172,7 @@ def _fake_d2_block(
 
 def _fake_d2_block_backward(
     grad_out: Tensor,
-    x: Tensor,
+    parts: Sequence[Tensor],
     out: Tensor,
     features: Tensor,
     mean: Tensor,
@@ -182,11 +186,15 @@ def _fake_d2_block_backward(
     use_batch: Sequence[int],
     eps: float,
     per_layer: bool,
+    relu: bool,
     out_layers: int,
     precision: int,
     wanted: Sequence[int],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    grad_x = _layout.empty_channels_last(x.shape, x) if wanted[0] else x.new_empty(0)
+    x = parts[0]
+    n, _, h, w = x.shape
+    shape = (n, weights[0].shape[1], h, w)
+    grad_x = _layout.empty_channels_last(shape, x) if wanted[0] else x.new_empty(0)
     flags = iter(wanted[1:])
     groups = [
         [t.new_empty(t.shape) if next(flags) else t.new_empty(0) for t in group]

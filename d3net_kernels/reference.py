@@ -16,7 +16,7 @@ from torch import Tensor
 from .checks import Dilations, flat_dilations, split_sources
 
 if TYPE_CHECKING:
-    from .block_params import D2Params, Norm, NormParams
+    from .block_params import ConvParams, D2Params, Norm, NormParams
 
 
 def psi(x: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:
@@ -56,7 +56,11 @@ def multidilated_conv2d(
 
 
 def d2_block(
-    x: Tensor, params: D2Params, *, norm: Norm = "per_source", out_layers: int | None = None
+    x: Tensor | Sequence[Tensor],
+    params: D2Params,
+    *,
+    norm: Norm = "per_source",
+    out_layers: int | None = None,
 ) -> Tensor:
     """Same arguments and result as :func:`d3net_kernels.d2_block`, but for one process alone.
 
@@ -64,7 +68,7 @@ def d2_block(
     faster memory layout no form of plain torch keeps less for backward.
     """
     growth = params.convs[-1].weight.shape[0]
-    sources, normalised = [x], list[Tensor]()
+    sources, normalised = [_concatenated(x)], list[Tensor]()
     for layer, batch_norm in enumerate(params.norms, start=1):
         if norm == "per_source":
             normalised.append(normalise(sources[-1], batch_norm).relu_())
@@ -81,6 +85,20 @@ def d2_block(
         sources.append(out)
     returned = sources[len(sources) - (out_layers or len(params.norms)) :]
     return torch.cat(returned, 1) if len(returned) > 1 else returned[0]
+
+
+def norm_conv2d(
+    x: Tensor | Sequence[Tensor], conv: ConvParams, norm: NormParams, *, relu: bool = True
+) -> Tensor:
+    """Same arguments and result as :func:`d3net_kernels.norm_conv2d`."""
+    y = normalise(_concatenated(x), norm)
+    return same_conv2d(y.relu_() if relu else y, conv.weight, conv.bias, (1, 1))
+
+
+def _concatenated(x: Tensor | Sequence[Tensor]) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    return torch.cat(list(x), 1) if len(x) > 1 else x[0]
 
 
 def normalise(x: Tensor, norm: NormParams) -> Tensor:

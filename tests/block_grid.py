@@ -17,6 +17,7 @@ flip in plain torch too, and errors are judged by their norm.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -93,8 +94,9 @@ class Case:
 
     size is (N, H, W). mode: "train" takes batch statistics, but for the `frozen` norms; "eval" the
     running ones. Without `running` there are none to take or update. `layout`, `grad_layout` and
-    `weight_layout` name functions of grid.LAYOUTS. `needs` are the tensors that require a gradient;
-    "weight[1]" stands for one alone. `x_offset` and `x_scale` move x away from mean 0, variance 1.
+    `weight_layout` name functions of grid.LAYOUTS. `parts` are the channels of the tensors that x
+    is given in, () for one. `needs` are the tensors that require a gradient; "weight[1]" stands
+    for one alone. `x_offset` and `x_scale` move x away from mean 0, variance 1.
     """
 
     name: str
@@ -118,6 +120,8 @@ class Case:
     needs: tuple[str, ...] = ALL
     x_offset: float = 0
     x_scale: float = 1
+    parts: tuple[int, ...] = ()
+    kernel: int = 3
 
     @property
     def widths(self) -> list[int]:
@@ -130,6 +134,15 @@ class Case:
         if self.norm == "per_source":
             return self.widths
         return [self.channels + i * self.growth for i in range(self.layers)]
+
+    def given(self, x: Tensor) -> Tensor | list[Tensor]:
+        """x as the call takes it: slices and copies of other layouts in turns, or x itself."""
+        if not self.parts:
+            return x
+        copies = itertools.cycle(
+            (lambda t: t, grid.LAYOUTS["channels_last"], grid.LAYOUTS["contiguous"])
+        )
+        return [copy(part) for copy, part in zip(copies, x.split(self.parts, 1), strict=False)]
 
     def block(self, generator: torch.Generator) -> Block:
         """A block of fresh random numbers, whose ReLUs are clear of their kinks if that can be."""
@@ -150,8 +163,9 @@ class Case:
         drawn = {"x": self.x_offset + self.x_scale * normal(n, self.channels, h, w)}
         for i, width in enumerate(self.widths):
             slots = self.growth * (self.layers - i)
-            fan_in = 9 * (self.channels + i * self.growth)
-            drawn[f"weight[{i}]"] = normal(slots, width, 3, 3) / fan_in**0.5
+            fan_in = self.kernel**2 * (self.channels + i * self.growth)
+            kernel = (self.kernel, self.kernel)
+            drawn[f"weight[{i}]"] = normal(slots, width, *kernel) / fan_in**0.5
             if self.bias:
                 drawn[f"bias[{i}]"] = normal(slots)
         for i, width in enumerate(self.norm_widths):
@@ -191,7 +205,11 @@ def results_of(operation: Callable[..., Tensor], block: Block) -> dict[str, Tens
 
 def ours(block: Block) -> dict[str, Tensor]:
     """Results of the library."""
-    return results_of(dk.d2_block, block)
+
+    def operation(x: Tensor, params: D2Params, **options: Any) -> Tensor:
+        return dk.d2_block(block.case.given(x), params, **options)
+
+    return results_of(operation, block)
 
 
 def assert_right(
@@ -432,7 +450,25 @@ def _both_norms(cases: Sequence[Case]) -> list[Case]:
     ]
 
 
-CASES = _both_norms([*_SHAPES, *_NORMS, *_NEEDS, *_LAYOUTS, *_DTYPES])
+_PARTS = [
+    Case("parts_2", channels=12, parts=(5, 7), size=(2, 6, 10)),
+    Case("parts_2_eval", channels=12, parts=(5, 7), size=(2, 6, 10), mode="eval", out_layers=1),
+    Case("parts_of_1", channels=5, parts=(1, 1, 1, 1, 1), growth=8),
+    Case("parts_of_vectors", channels=48, parts=(16, 32), growth=9, layers=2),
+    Case("parts_across_vectors", channels=70, parts=(33, 9, 28), growth=12, size=(1, 12, 20)),
+    Case("parts_bfloat16", 21, 8, 2, (2, 9, 14), torch.bfloat16, parts=(9, 12)),
+    Case("parts_float64", 21, 8, 2, (2, 9, 14), torch.float64, parts=(9, 12)),
+    Case("parts_no_batch", channels=12, parts=(5, 7), size=(0, 5, 6)),
+    Case("kernel_1", channels=12, growth=9, layers=1, kernel=1),
+    Case("kernel_1_layers", channels=12, growth=9, layers=3, kernel=1, mode="eval"),
+    Case("kernel_1_parts", 70, 12, 1, (1, 12, 20), parts=(33, 9, 28), kernel=1),
+    Case("kernel_1_eval", 70, 50, 1, (2, 5, 21), mode="eval", parts=(33, 9, 28), kernel=1),
+    Case("kernel_1_float16", 21, 24, 1, (2, 9, 14), torch.float16, parts=(9, 12), kernel=1),
+    Case("kernel_5", channels=12, growth=8, layers=2, kernel=5),
+]
+
+
+CASES = _both_norms([*_SHAPES, *_NORMS, *_NEEDS, *_LAYOUTS, *_DTYPES, *_PARTS])
 assert len({case.name for case in CASES}) == len(CASES)
 # Wide enough for every algorithm: several tiles, vectors and dilations, and remainders of each.
 LARGE = Case("large", channels=17, growth=18, layers=4, size=(1, 18, 27))

@@ -50,6 +50,7 @@ def test_dead_taps_decide_for_direct_sums() -> None:
 
 def test_small_maps_are_cut_finer() -> None:
     assert _plan(SHAPES[0]).endswith("24 tiles a task")
+    assert _plan(SHAPES[2], "high").endswith("shares")
     assert _plan(SHAPES[6]).endswith("12 tiles a task")
 
 

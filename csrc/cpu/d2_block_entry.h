@@ -3,7 +3,7 @@
 
 #include "d2_block_impl.h"
 #include "kernels.h"
-#include "tile_forward.h"
+#include "tile_layer.h"
 
 namespace d3net::cpu::D3NET_ISA {
 
@@ -18,9 +18,15 @@ void for_block_dtype(DType dtype, F&& f) {
 }
 
 bool forward_on_tiles(const Problem& p, const void* bias, const View& out) {
-  if (!prefers_tiles(p, out)) return false;
-  tile_forward(p, static_cast<const float*>(bias), out);
-  return true;
+  return TileLayer(p).forward(static_cast<const float*>(bias), out);
+}
+bool backward_data_on_tiles(const Problem& p, const View& gradient, const View* grad_inputs,
+                            double* psi_sums) {
+  return TileLayer(p).backward_data(gradient, grad_inputs, psi_sums);
+}
+bool backward_weight_on_tiles(const Problem& p, const View& gradient, void* weight, void* bias) {
+  return TileLayer(p).backward_weight(gradient, static_cast<float*>(weight),
+                                      static_cast<float*>(bias));
 }
 
 void d2_forward(const D2Problem& p, const D2Features& kept, void* mean, void* variance) {

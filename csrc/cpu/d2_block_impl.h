@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../d2_block.h"
+#include "packed_weights.h"
 #include "relayout.h"
 #include "tile_pass.h"
 #include "tile_weight_grad.h"
@@ -69,10 +70,18 @@ class D2Block {
     return slab(static_cast<T*>(kept_.out) + (l - p.hidden_layers() - 1) * p.growth,
                 p.out_layers * p.growth);
   }
-  Slab<const T> source(int64_t i) const {
-    if (i == 0) return {static_cast<const T*>(p.x.data), p.x.stride_n, p.x.stride_h, p.x.stride_w};
-    const Slab<T> s = layer(i);
-    return {s.data, s.stride_n, s.stride_h, s.stride_w};
+  Parts<T> source(int64_t i) const {
+    Parts<T> parts;
+    if (i == 0) {
+      for (const Part* part = p.parts; part < p.parts + p.num_parts; ++part)
+        parts.add({static_cast<const T*>(part->x.data), part->x.stride_n, part->x.stride_h,
+                   part->x.stride_w},
+                  part->channels);
+    } else {
+      const Slab<T> s = layer(i);
+      parts.add({s.data, s.stride_n, s.stride_h, s.stride_w}, p.growth);
+    }
+    return parts;
   }
 
   A mean_of(int64_t norm, int64_t channel) const {
@@ -101,7 +110,7 @@ class D2Block {
   }
   Activation<A> psi_of(const Link& link) const {
     const auto norm = static_cast<size_t>(link.norm);
-    return Activation<A>{scale_[norm].data(), shift_[norm].data(), true}.from_channel(
+    return Activation<A>{scale_[norm].data(), shift_[norm].data(), p.relu}.from_channel(
         in_norm(link.source));
   }
 
@@ -112,6 +121,8 @@ class D2Block {
     s.width = p.width;
     s.in_channels = p.channels_of(link.source);
     s.out_channels = (link.last_layer - link.first_layer + 1) * p.growth;
+    s.kernel_h = p.kernel_h;
+    s.kernel_w = p.kernel_w;
     s.dilation_h = s.dilation_w = int64_t{1} << link.source;
     return s;
   }
@@ -148,7 +159,7 @@ class D2Forward : D2Block<T> {
 
   /// `mean` and `variance` hold those of x_0, where a norm wants them; the others are added.
   void run() {
-    static thread_local Scratch sums_memory, packed_memory;
+    static thread_local Scratch sums_memory;
     const Borrowed<A> sums(sums_memory, Base::kWide ? 0 : this->pixels() * p.row());
     const std::vector<A> bias = layer_biases();
     std::vector<Pass> passes;
@@ -167,21 +178,19 @@ class D2Forward : D2Block<T> {
       pass.accumulate = !link.opens;
       if (link.opens) pass.bias = bias.data() + (link.first_layer - 1) * p.growth;
       if (measures(link.finishes)) {
-        moments[i].resize(static_cast<size_t>(pass.tasks() * p.growth));
-        counts[i].resize(static_cast<size_t>(pass.tasks()));
+        moments[i].resize(static_cast<size_t>(pass.runs() * p.growth));
+        counts[i].resize(static_cast<size_t>(pass.runs()));
         pass.measure = {p.growth, moments[i].data(), counts[i].data()};
       }
     }
-    const std::vector<int64_t> offsets = packed_offsets(passes);
-    const Borrowed<A> packed(packed_memory, offsets.back());
+    PackedWeights<Pass> packed(passes, p.weights_recur);
 
-    Crew::run([&](Crew::Worker& worker) {
-      pack_all(worker, passes, offsets, packed.get());
+    auto program = [&](Crew::Worker& worker) {
+      packed.prepare(worker);
       worker.once([&] { this->fold_norm(0); });
       for (size_t i = 0; i < passes.size(); ++i) {
-        worker.each(passes[i].tasks(), [&](int64_t task, int64_t next) {
-          passes[i].run(task, next, packed.get() + offsets[i]);
-        });
+        worker.each(passes[i].tasks(),
+                    [&](int64_t task, int64_t next) { passes[i].run(task, next, packed.of(i)); });
         const int64_t layer = this->links_[i].finishes;
         if (layer == 0) continue;
         if constexpr (!Base::kWide) round_layer(worker, layer, sums.get());
@@ -191,7 +200,8 @@ class D2Forward : D2Block<T> {
             this->fold_norm(layer);
           });
       }
-    });
+    };
+    Crew::run(program, p.multiplications());
   }
 
  private:
@@ -280,7 +290,7 @@ class D2Backward : D2Block<T> {
 
   void run() {
     const int64_t pitch_y = round_up(std::max(p.in_channels, p.growth), kAlignedChannels);
-    static thread_local Scratch rows_memory, y_memory, packed_memory, workspace_memory;
+    static thread_local Scratch rows_memory, y_memory, workspace_memory;
     const Borrowed<A> rows(rows_memory, this->pixels() * p.row());
     const Borrowed<A> gradient_y(y_memory, this->pixels() * pitch_y);
     rows_ = this->slab(rows.get(), p.row());
@@ -293,40 +303,40 @@ class D2Backward : D2Block<T> {
     for (size_t i = 0; i < this->links_.size(); ++i) {
       const Link& link = this->links_[i];
       passes.push_back(data_gradient(link));
-      sums[i].resize(static_cast<size_t>(2 * passes[i].tasks() * passes[i].shape.out_channels));
+      sums[i].resize(static_cast<size_t>(2 * passes[i].runs() * passes[i].shape.out_channels));
       passes[i].behind.sums = sums[i].data();
       weight_gradients.push_back(weight_gradient(link));
       if (weight_gradients[i].to)
         workspace_size = std::max(workspace_size, weight_gradients[i].workspace_size());
     }
-    const std::vector<int64_t> offsets = packed_offsets(passes);
-    const Borrowed<A> packed(packed_memory, offsets.back());
+    PackedWeights<Pass> packed(passes, false);
     const Borrowed<A> workspace(workspace_memory, workspace_size);
     const int64_t map_rows = p.batch * p.height;
     std::vector<double> row_sums(static_cast<size_t>(map_rows * p.growth));
     std::vector<Coefficients> coefficients(static_cast<size_t>(std::max(p.in_channels, p.growth)));
 
-    Crew::run([&](Crew::Worker& worker) {
-      pack_all(worker, passes, offsets, packed.get());
+    auto program = [&](Crew::Worker& worker) {
+      packed.prepare(worker);
       worker.each(map_rows, [&](int64_t i, int64_t) { copy_gradient(i, row_sums.data()); });
       worker.once([&] { add_rows(p.layers, row_sums); });
       for (size_t i = this->links_.size(); i-- > 0;) {
         const Link& link = this->links_[i];
         if (weight_gradients[i].to) weight_gradients[i].run(worker, workspace.get());
         if (!wanted(link)) continue;
-        worker.each(passes[i].tasks(), [&](int64_t task, int64_t next) {
-          passes[i].run(task, next, packed.get() + offsets[i]);
-        });
-        worker.once([&] { finish_norm(link, sums[i], passes[i].tasks(), coefficients.data()); });
+        worker.each(passes[i].tasks(),
+                    [&](int64_t task, int64_t next) { passes[i].run(task, next, packed.of(i)); });
+        worker.once([&] { finish_norm(link, sums[i], passes[i].runs(), coefficients.data()); });
         if (!source_wanted(link.source)) continue;
         const bool first = opens_source(i), last = link.first_layer == link.source + 1;
+        const Parts<T> source = this->source(link.source);
         worker.each(map_rows, [&](int64_t r, int64_t) {
-          apply_norm(link, r, coefficients.data(), !first,
+          apply_norm(link, source, r, coefficients.data(), !first,
                      link.source && last ? row_sums.data() : nullptr);
         });
         if (link.source && last) worker.once([&] { add_rows(link.source, row_sums); });
       }
-    });
+    };
+    Crew::run(program, p.multiplications());
     bias_gradients();
   }
 
@@ -371,15 +381,16 @@ class D2Backward : D2Block<T> {
     pass.shape = this->shape_of(link);
     std::swap(pass.shape.in_channels, pass.shape.out_channels);
     pass.plan = this->plan_of(pass.shape);
-    pass.input.x = read(gradient_of(link.first_layer));
+    pass.input.parts.add(read(gradient_of(link.first_layer)), pass.shape.in_channels);
     const Weight w = this->weight_of(link);  // taps are reversed, channels and outputs swapped
-    pass.weight = {static_cast<const T*>(w.data) + 2 * w.stride_h + 2 * w.stride_w, w.stride_c,
-                   w.stride_k, -w.stride_h, -w.stride_w};
+    const T* last_tap = static_cast<const T*>(w.data) + (p.kernel_h - 1) * w.stride_h +
+                        (p.kernel_w - 1) * w.stride_w;
+    pass.weight = {last_tap, w.stride_c, w.stride_k, -w.stride_h, -w.stride_w};
     pass.to.low = gradient_y_;
     pass.to.cut = pass.to.end = round_up(pass.shape.out_channels, kAlignedChannels);
     pass.behind = {this->source(link.source), this->psi_of(link),
                    means_[static_cast<size_t>(link.norm)].data() + this->in_norm(link.source),
-                   nullptr};
+                   nullptr, false};
     return pass;
   }
 
@@ -389,9 +400,9 @@ class D2Backward : D2Block<T> {
     w.algorithm = this->plan_of(w.shape).algorithm;
     w.input = {this->source(link.source), true, this->psi_of(link)};
     w.gradient = read(gradient_of(link.first_layer));
+    w.to_stride = p.channels_of(link.source) * p.kernel_h * p.kernel_w;
     if (void* to = g_.weights[link.source])
-      w.to = static_cast<T*>(to) +
-             (link.first_layer - 1 - link.source) * p.growth * p.channels_of(link.source) * 9;
+      w.to = static_cast<T*>(to) + (link.first_layer - 1 - link.source) * p.growth * w.to_stride;
     return w;
   }
 
@@ -422,14 +433,14 @@ class D2Backward : D2Block<T> {
   }
 
   /// Gradients of gamma and beta, and what they do to that of the source.
-  void finish_norm(const Link& link, const std::vector<double>& sums, int64_t tasks,
+  void finish_norm(const Link& link, const std::vector<double>& sums, int64_t runs,
                    Coefficients* coefficients) const {
     const int64_t channels = p.channels_of(link.source), start = this->in_norm(link.source);
     const Norm& norm = p.norms[link.norm];
     const double count = static_cast<double>(this->pixels());
     for (int64_t c = 0; c < channels; ++c) {
       double sum = 0, sum_x = 0;
-      for (int64_t t = 0; t < tasks; ++t) {
+      for (int64_t t = 0; t < runs; ++t) {
         sum += sums[static_cast<size_t>(2 * (t * channels + c))];
         sum_x += sums[static_cast<size_t>(2 * (t * channels + c) + 1)];
       }
@@ -446,55 +457,54 @@ class D2Backward : D2Block<T> {
   }
 
   /// One row of a source's gradient, and its sums.
-  void apply_norm(const Link& link, int64_t i, const Coefficients* coefficients, bool accumulate,
-                  double* row_sums) const {
+  void apply_norm(const Link& link, const Parts<T>& source, int64_t i,
+                  const Coefficients* coefficients, bool accumulate, double* row_sums) const {
     const int64_t n = i / p.height, y = i % p.height;
-    const int64_t channels = p.channels_of(link.source);
-    const Slab<const T> x = this->source(link.source);
     const A* mean = means_[static_cast<size_t>(link.norm)].data() + this->in_norm(link.source);
     auto row = [&](auto* to, int64_t pitch) {
       using To = std::remove_reference_t<decltype(*to)>;
       constexpr int lanes = kLanes<A>;
-      for (int64_t c = 0; c < channels; c += lanes) {
-        const int64_t some = std::min<int64_t>(lanes, channels - c);
-        A slopes[lanes] = {}, tilts[lanes] = {}, offsets[lanes] = {};
-        for (int64_t l = 0; l < some; ++l) {
-          slopes[l] = coefficients[c + l].slope;
-          tilts[l] = coefficients[c + l].tilt;
-          offsets[l] = coefficients[c + l].offset;
-        }
-        const Vec<A> slope = load(slopes), tilt = load(tilts), offset = load(offsets);
-        const Vec<A> centre = load_first<A>(mean + c, some);
-        Vec<A> sum{};
-        auto pixels = [&](auto whole) __attribute__((always_inline)) {
-          const A* dy = gradient_y_.at(n, y, 0) + c;
-          const T* from = x.at(n, y, 0) + c;
-          To* out = to + c;
-          for (int64_t w = 0; w < p.width; ++w) {
-            const Vec<A> value = whole ? load<A>(from) : load_first<A>(from, some);
-            Vec<A> v = fma(slope, load(dy), fma(tilt, value - centre, offset));
-            if (accumulate) v += whole ? load<A>(out) : load_first<A>(out, some);
-            sum += v;
-            if (whole)
-              store<A>(out, v);
+      source.each_group(
+          lanes, [&](const Slab<const T>& x, int64_t in_part, int64_t c, int64_t, int64_t some) {
+            A slopes[lanes] = {}, tilts[lanes] = {}, offsets[lanes] = {};
+            for (int64_t l = 0; l < some; ++l) {
+              slopes[l] = coefficients[c + l].slope;
+              tilts[l] = coefficients[c + l].tilt;
+              offsets[l] = coefficients[c + l].offset;
+            }
+            const Vec<A> slope = load(slopes), tilt = load(tilts), offset = load(offsets);
+            const Vec<A> centre = load_first<A>(mean + c, some);
+            Vec<A> sum{};
+            auto pixels = [&](auto whole) __attribute__((always_inline)) {
+              const A* dy = gradient_y_.at(n, y, 0) + c;
+              const T* from = x.at(n, y, 0) + in_part;
+              To* out = to + c;
+              for (int64_t w = 0; w < p.width; ++w) {
+                const Vec<A> value = whole ? load<A>(from) : load_first<A>(from, some);
+                const Vec<A> gradient = whole ? load(dy) : load_first<A>(dy, some);
+                Vec<A> v = fma(slope, gradient, fma(tilt, value - centre, offset));
+                if (accumulate) v += whole ? load<A>(out) : load_first<A>(out, some);
+                sum += v;
+                if (whole)
+                  store<A>(out, v);
+                else
+                  store_first<A>(out, v, some);
+                dy += gradient_y_.stride_w;
+                from += x.stride_w;
+                out += pitch;
+              }
+            };
+            if (some == lanes)
+              pixels(std::true_type{});
             else
-              store_first<A>(out, v, some);
-            dy += gradient_y_.stride_w;
-            from += x.stride_w;
-            out += pitch;
-          }
-        };
-        if (some == lanes)
-          pixels(std::true_type{});
-        else
-          pixels(std::false_type{});
-        if (row_sums) add_lanes(sum, c, row_sums + i * p.growth);
-      }
+              pixels(std::false_type{});
+            if (row_sums) add_lanes(sum, c, row_sums + i * p.growth);
+          });
     };
     if (link.source)
       row(gradient_of(link.source).at(n, y, 0), p.row());
     else
-      row(static_cast<T*>(g_.x) + i * p.width * channels, channels);
+      row(static_cast<T*>(g_.x) + i * p.width * p.in_channels, p.in_channels);
   }
 
   /// Each slot's bias adds to one layer: its gradient is the sum of the layer's.

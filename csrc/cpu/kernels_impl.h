@@ -11,8 +11,11 @@
 
 namespace d3net::cpu::D3NET_ISA {
 
-// In a translation unit of their own, d2_block_*.cpp.
-bool forward_on_tiles(const Problem&, const void* bias, const View& out);  // false: not done
+// In a translation unit of their own, d2_block_*.cpp. Those on tiles return false if not done.
+bool forward_on_tiles(const Problem&, const void* bias, const View& out);
+bool backward_data_on_tiles(const Problem&, const View& gradient, const View* grad_inputs,
+                            double* psi_sums);
+bool backward_weight_on_tiles(const Problem&, const View& gradient, void* weight, void* bias);
 void d2_forward(const D2Problem&, const D2Features&, void* mean, void* variance);
 void d2_backward(const D2Problem&, const D2Features&, const void* mean, const void* variance,
                  const D2Gradients&);
@@ -122,10 +125,12 @@ const Kernels kKernels{
       for_dtype(p.dtype, [&](auto t) { forward<decltype(t)>(p, bias, out); });
     },
     [](const Problem& p, const View& gradient, const View* grad_inputs, double* psi_sums) {
+      if (backward_data_on_tiles(p, gradient, grad_inputs, psi_sums)) return;
       for_dtype(p.dtype,
                 [&](auto t) { backward_data<decltype(t)>(p, gradient, grad_inputs, psi_sums); });
     },
     [](const Problem& p, const View& gradient, void* weight, void* bias) {
+      if (backward_weight_on_tiles(p, gradient, weight, bias)) return;
       for_dtype(p.dtype, [&](auto t) { backward_weight<decltype(t)>(p, gradient, weight, bias); });
     },
     [](DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height, int64_t width,
@@ -137,8 +142,10 @@ const Kernels kKernels{
       const int bytes = exact ? sizeof(double) : sizeof(float);
       const PassPlan plan = plan_pass(shape, static_cast<Precision>(precision), exact,
                                       {kVectorBytes / bytes, kVectorRegisters});
-      return std::string(name_of(plan.algorithm)) + ", " + std::to_string(plan.tiles) +
-             " tiles a task";
+      std::string words = name_of(plan.algorithm);
+      words += ", " + std::to_string(plan.tiles) + " tiles a task";
+      if (plan.shares > 1) words += ", outputs in " + std::to_string(plan.shares) + " shares";
+      return words;
     },
     [](DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height, int64_t width,
        void* to) {

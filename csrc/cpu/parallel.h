@@ -62,15 +62,21 @@ class WorkQueue {
 /// program; the items of a phase are shared out, and a phase begins when the one before it is done.
 class Crew {
  public:
-  /// program(worker) on all threads, in one parallel region.
+  /// Below so many multiplications it takes longer to wake a thread than to do without it.
+  static constexpr int64_t kWorthSharing = 1 << 20;
+
+  /// program(worker) on all threads, in one parallel region; on this one alone for little work.
   template <class F>
-  static void run(F&& program) {
+  static void run(F&& program, int64_t multiplications = kWorthSharing) {
     Crew crew;
     auto body = [&] {
       Worker worker(crew);
       program(worker);
     };
-    on_all_threads(body);
+    if (multiplications < kWorthSharing)
+      body();
+    else
+      on_all_threads(body);
   }
 
   class Worker {

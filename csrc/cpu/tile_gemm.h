@@ -3,7 +3,8 @@
 //   multiply   products[tile][k] = sum over channels of V[tile][channel] * U[channel][k]
 //   outer      U[channel][k]    += sum over tiles    of V[tile][channel] * D[tile][k]
 //
-// V holds channels in groups of one vector, [group][tile][lane]; results and D hold output channels
+// V holds channels in groups of one vector, [group][tile][lane], each part of the input from a new
+// group on; results and D hold output channels
 // likewise; U is [channel][k]. All of one position of the transformed tiles.
 #pragma once
 
@@ -24,14 +25,16 @@ constexpr int tiles_at_once(int chunk, bool by_24) {
 
 template <class A>
 struct MultiplyArgs {
-  const A* v;  // [position][group][tiles][lane]
-  int64_t v_position;
-  const A* u;  // [position][channel][chunk * lanes]
-  int64_t u_position;
-  const int* positions;  // those to add up
-  int64_t num_positions;
-  int64_t channels, tiles;
-  A* products;  // [chunk][tiles][lane]
+  const A* v = nullptr;  // [position][group][tiles][lane]
+  int64_t v_position = 0;
+  const A* u = nullptr;  // [position][channel][chunk * lanes]
+  int64_t u_position = 0;
+  const int* positions = nullptr;  // those to add up
+  int64_t num_positions = 1;
+  const int64_t* channels = nullptr;  // of each part
+  int64_t num_parts = 0;
+  int64_t tiles = 0;
+  A* products = nullptr;  // [chunk][tiles][lane]
 };
 
 template <class A, int chunk, int rows>
@@ -43,20 +46,21 @@ void multiply(const MultiplyArgs<A>& args) {
     for (int64_t q = 0; q < s.num_positions; ++q) {
       const A* u = s.u + s.positions[q] * s.u_position;
       const A* v = s.v + s.positions[q] * s.v_position + tile * lanes;
-      for (int64_t channel = 0; channel < s.channels; channel += lanes, v += s.tiles * lanes) {
-        const int64_t in_group = std::min<int64_t>(lanes, s.channels - channel);
-        for (int64_t c = 0; c < in_group; ++c, u += chunk * lanes) {
-          Vec<A> outs[chunk];
-          unroll<chunk>([&](auto k)
-                            __attribute__((always_inline)) { outs[k] = load(u + k * lanes); });
-          unroll<rows>([&](auto r) __attribute__((always_inline)) {
-            const Vec<A> value = broadcast(v[r * lanes + c]);
-            unroll<chunk>([&](auto k) __attribute__((always_inline)) {
-              acc[r][k] = fma(value, outs[k], acc[r][k]);
+      for (int64_t part = 0; part < s.num_parts; ++part)
+        for (int64_t left = s.channels[part]; left > 0; left -= lanes, v += s.tiles * lanes) {
+          const int64_t in_group = std::min<int64_t>(lanes, left);
+          for (int64_t c = 0; c < in_group; ++c, u += chunk * lanes) {
+            Vec<A> outs[chunk];
+            unroll<chunk>([&](auto k)
+                              __attribute__((always_inline)) { outs[k] = load(u + k * lanes); });
+            unroll<rows>([&](auto r) __attribute__((always_inline)) {
+              const Vec<A> value = broadcast(v[r * lanes + c]);
+              unroll<chunk>([&](auto k) __attribute__((always_inline)) {
+                acc[r][k] = fma(value, outs[k], acc[r][k]);
+              });
             });
-          });
+          }
         }
-      }
     }
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
       unroll<chunk>([&](auto k) __attribute__((always_inline)) {

@@ -1,5 +1,8 @@
-// What a tile reads: psi on load, zeros outside the map, and the transform into V.
+// What a tile reads: one or several tensors side by side, psi on load, zeros outside the map, and
+// the transform into V.
 #pragma once
+
+#include <vector>
 
 #include "tile_io.h"
 #include "tile_plan.h"
@@ -44,11 +47,43 @@ D3NET_INLINE void prefetch(const void* p, int64_t bytes) {
   __builtin_prefetch(line + bytes - 1, 0, 2);
 }
 
+/// The channels of one or several tensors, in groups of one vector; each part begins a new group.
+template <class T>
+struct Parts {
+  std::vector<Slab<const T>> x;
+  std::vector<int64_t> channels;
+
+  Parts() = default;
+  Parts(const Slab<const T>& only, int64_t its_channels) : x{only}, channels{its_channels} {}
+  void add(const Slab<const T>& next, int64_t its_channels) {
+    x.push_back(next);
+    channels.push_back(its_channels);
+  }
+  int64_t groups(int64_t lanes) const {
+    int64_t sum = 0;
+    for (const int64_t c : channels) sum += ceil_div(c, lanes);
+    return sum;
+  }
+  /// item(part, its channel, the channel among all, group, how many) for each group.
+  template <class F>
+  D3NET_INLINE void each_group(int64_t lanes, F&& item) const {
+    int64_t group = 0, before = 0;
+    for (size_t i = 0; i < x.size(); before += channels[i++])
+      for (int64_t c = 0; c < channels[i]; c += lanes, ++group)
+        item(x[i], c, before + c, group, std::min(lanes, channels[i] - c));
+  }
+  /// All channels of a pixel come to L2.
+  D3NET_INLINE void prefetch_pixel(int64_t image, int64_t y, int64_t column) const {
+    for (size_t i = 0; i < x.size(); ++i)
+      prefetch(x[i].at(image, y, column), channels[i] * static_cast<int64_t>(sizeof(T)));
+  }
+};
+
 template <class In, class A>
 struct TileInput {
   static constexpr int kN = kLanes<A>;
 
-  Slab<const In> x;
+  Parts<In> parts;
   bool activated = false;
   Activation<A> psi;
 
@@ -57,24 +92,27 @@ struct TileInput {
   template <int m>
   void transform(const PassShape& s, const Tiles& tiles, const int* live, int64_t num_live, A* v,
                  int64_t v_tiles, int64_t v_position) const {
-    for (int64_t channel = 0; channel < s.in_channels; channel += kN, v += v_tiles * kN) {
-      const int64_t n = std::min<int64_t>(kN, s.in_channels - channel);
+    const Vec<A> floor = broadcast(psi.floor());
+    parts.each_group(kN, [&](const Slab<const In>& x, int64_t in_part, int64_t channel,
+                             int64_t group, int64_t n) {
       Vec<A> scale = broadcast(A{1}), shift{};
       if (psi.scale) {
         scale = load_first<A>(psi.scale + channel, n);
         shift = load_first<A>(psi.shift + channel, n);
       }
-      const Vec<A> floor = broadcast(psi.floor());
       auto element = [&](const In* p) __attribute__((always_inline)) {
         const Vec<A> value = n == kN ? load<A>(p) : load_first<A>(p, n);
         return activated ? at_least<A>(floor, fma(value, scale, shift)) : value;
       };
-      for (int64_t t = 0; t < tiles.count; ++t) {
+      Slab<const In> some = x;
+      some.data += in_part;
+      A* to = v + group * v_tiles * kN;
+      for (int64_t t = 0; t < tiles.count; ++t, to += kN) {
         if (m > 1 && t + kTilesAhead < tiles.count)
-          prefetch_tile<m>(s, tiles.at[t + kTilesAhead], channel);
-        transform_tile<m>(s, tiles.at[t], channel, live, num_live, element, v + t * kN, v_position);
+          prefetch_tile<m>(s, some, tiles.at[t + kTilesAhead]);
+        transform_tile<m>(s, some, tiles.at[t], live, num_live, element, to, v_position);
       }
-    }
+    });
   }
 
  private:
@@ -82,29 +120,30 @@ struct TileInput {
 
   /// To L1, what a tile does not share with its neighbours.
   template <int m>
-  D3NET_INLINE void prefetch_tile(const PassShape& s, const Origin& tile, int64_t channel) const {
-    const In* first = x.at(tile.image, tile.y, tile.x) + channel;
+  D3NET_INLINE static void prefetch_tile(const PassShape& s, const Slab<const In>& x,
+                                         const Origin& tile) {
+    const In* first = x.at(tile.image, tile.y, tile.x);
     for (int64_t i = 0; i < m && tile.y + i * s.dilation_h < s.height; ++i)
       for (int64_t j = 0; j < m && tile.x + j * s.dilation_w < s.width; ++j)
         __builtin_prefetch(first + i * s.dilation_h * x.stride_h + j * s.dilation_w * x.stride_w);
   }
 
   template <int m, class F>
-  D3NET_INLINE void transform_tile(const PassShape& s, const Origin& tile, int64_t channel,
-                                   const int* live, int64_t num_live, F& element, A* v,
-                                   int64_t v_position) const {
+  D3NET_INLINE static void transform_tile(const PassShape& s, const Slab<const In>& x,
+                                          const Origin& tile, const int* live, int64_t num_live,
+                                          F& element, A* v, int64_t v_position) {
     if constexpr (m == 1) {
       for (int64_t q = 0; q < num_live; ++q) {
         const int64_t y = s.tap_y(tile.y, live[q] / s.kernel_w);
         const int64_t column = s.tap_x(tile.x, live[q] % s.kernel_w);
         store(v + live[q] * v_position,
-              s.inside(y, column) ? element(x.at(tile.image, y, column) + channel) : Vec<A>{});
+              s.inside(y, column) ? element(x.at(tile.image, y, column)) : Vec<A>{});
       }
     } else {
       constexpr int side = Winograd<m>::positions;
       const int64_t top = tile.y - s.dilation_h, left = tile.x - s.dilation_w;
       const int64_t step_y = s.dilation_h * x.stride_h, step_x = s.dilation_w * x.stride_w;
-      const In* corner = x.at(tile.image, top, left) + channel;
+      const In* corner = x.at(tile.image, top, left);
       Vec<A> rows[side][side];
       if (top >= 0 && left >= 0 && top + (side - 1) * s.dilation_h < s.height &&
           left + (side - 1) * s.dilation_w < s.width) {

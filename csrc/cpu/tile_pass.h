@@ -41,21 +41,22 @@ struct Moments {
 };
 
 /// What a finished layer's first channels are measured for: batch statistics.
-/// moments: [task][channels], counts: [task] outputs of a channel.
+/// moments: [run][channels], counts: [run] outputs of a channel.
 struct Measure {
   int64_t channels = 0;  // 0: nothing
   Moments* moments = nullptr;
   double* counts = nullptr;
 };
 
-/// psi seen from behind: gradients of y = psi(x) become those of x * scale + shift.
-/// sums: [task][channels][2]: over outputs, of the gradient and of the gradient times (x - mean).
+/// psi seen from behind: gradients of y = psi(x) become those of x * scale + shift, or of x.
+/// sums: [run][channels][2]: over outputs, of the gradient and of the gradient times (x - mean).
 template <class X, class A>
 struct PsiBackward {
-  Slab<const X> x;
+  Parts<X> parts;
   Activation<A> psi;
   const A* mean = nullptr;
   double* sums = nullptr;
+  bool to_x = false;
 };
 
 template <class In, class X, class A>
@@ -63,6 +64,9 @@ class TilePass {
   static constexpr int kN = kLanes<A>;
 
  public:
+  using Element = X;  // of the weights
+  using Sum = A;
+
   PassShape shape;
   PassPlan plan;
   TileInput<In, A> input;
@@ -71,9 +75,11 @@ class TilePass {
   const A* bias = nullptr;
   bool accumulate = false;
   Measure measure;
-  PsiBackward<X, A> behind;  // x.data null: none
+  PsiBackward<X, A> behind;  // sums null: none
 
-  int64_t tasks() const { return ceil_div(shape.grid(plan.algorithm).count(), plan.tiles); }
+  /// Runs of tiles, each with sums of its own.
+  int64_t runs() const { return ceil_div(shape.grid(plan.algorithm).count(), plan.tiles); }
+  int64_t tasks() const { return runs() * plan.shares; }
 
   int64_t packed_size() const {
     int64_t size = 0;
@@ -141,27 +147,17 @@ class TilePass {
   /// One input channel's weights to the output channels out, out + 1, ...; zeros beyond the ends.
   template <int m>
   void pack_vector(int64_t channel, int64_t out, int64_t position, A* u) const {
-    const int64_t first = std::max<int64_t>(0, -out);
-    const int64_t last = std::min<int64_t>(kN, shape.out_channels - out);
-    const int64_t taps = shape.kernel_h * shape.kernel_w;
-    A by_tap[kMostTaps][kN];
-    if (last - first < kN) std::fill(by_tap[0], by_tap[taps], A{0});
-    for (int64_t l = first; l < last; ++l) {
-      const X* w = static_cast<const X*>(weight.data) + channel * weight.stride_c +
-                   (out + l) * weight.stride_k;
-      int64_t tap = 0;
-      for (int64_t i = 0; i < shape.kernel_h; ++i)
-        for (int64_t j = 0; j < shape.kernel_w; ++j)
-          by_tap[tap++][l] = load_one<A>(w + i * weight.stride_h + j * weight.stride_w);
-    }
+    Vec<A> by_tap[m > 1 ? 9 : kMostTaps];
+    load_taps<m>(channel, out, by_tap);
     if constexpr (m == 1) {
-      for (int64_t tap = 0; tap < taps; ++tap) store(u + tap * position, load(by_tap[tap]));
+      const int64_t taps = shape.kernel_h * shape.kernel_w;
+      for (int64_t tap = 0; tap < taps; ++tap) store(u + tap * position, by_tap[tap]);
     } else {
       constexpr int side = Winograd<m>::positions;
       WideDoubles rows[3][side];
       for (int i = 0; i < 3; ++i) {
         WideDoubles row[3];
-        for (int j = 0; j < 3; ++j) widen(load(by_tap[3 * i + j]), row[j]);
+        for (int j = 0; j < 3; ++j) widen(by_tap[3 * i + j], row[j]);
         Winograd<m>::weight(row, rows[i]);
       }
       for (int j = 0; j < side; ++j) {
@@ -173,36 +169,91 @@ class TilePass {
     }
   }
 
+  /// Vectors of output channels, one a tap. Where the taps of a channel follow each other in
+  /// memory, in either direction, a run of them is loaded for each output and transposed.
+  template <int m>
+  D3NET_INLINE void load_taps(int64_t channel, int64_t out, Vec<A>* by_tap) const {
+    const int64_t first = std::max<int64_t>(0, -out);
+    const int64_t last = std::min<int64_t>(kN, shape.out_channels - out);
+    const int64_t width = m > 1 ? 3 : shape.kernel_w, taps = m > 1 ? 9 : shape.kernel_h * width;
+    const X* w =
+        static_cast<const X*>(weight.data) + channel * weight.stride_c + out * weight.stride_k;
+    const int64_t step = weight.stride_w;
+    if ((step != 1 && step != -1) || weight.stride_h != step * width) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        A lanes[kN] = {};
+        for (int64_t l = first; l < last; ++l)
+          lanes[l] = load_one<A>(w + l * weight.stride_k + tap / width * weight.stride_h +
+                                 tap % width * weight.stride_w);
+        by_tap[tap] = load(lanes);
+      }
+      return;
+    }
+    const X* lowest = step > 0 ? w : w - (taps - 1);
+    auto run = [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+      Vec<A> block[kN];
+      unroll<kN>([&](auto l) __attribute__((always_inline)) {
+        block[l] = first <= l && l < last
+                       ? load_first<A>(lowest + l * weight.stride_k + begin, count)
+                       : Vec<A>{};
+      });
+      transpose<A>(block);
+      unroll<kN>([&](auto t) __attribute__((always_inline)) {
+        if (t < count) by_tap[step > 0 ? begin + t : taps - 1 - begin - t] = block[t];
+      });
+    };
+    if constexpr (m > 1)
+      unroll<ceil_div(9, kN)>([&](auto i) __attribute__((always_inline)) {
+        run(i * kN, std::min<int64_t>(kN, 9 - i * kN));
+      });
+    else
+      for (int64_t begin = 0; begin < taps; begin += kN)
+        run(begin, std::min<int64_t>(kN, taps - begin));
+  }
+
   // ---- one task --------------------------------------------------------------------------------
 
   template <int m>
   void run_tiles(int64_t task, int64_t next, const A* packed) const {
     static thread_local Scratch v_memory, product_memory;
+    const int64_t run = task / plan.shares, next_run = next < 0 ? -1 : next / plan.shares;
     const int64_t positions = shape.positions(plan.algorithm);
     const TileGrid grid = shape.grid(plan.algorithm);
-    const Tiles tiles(grid, task * plan.tiles, plan.tiles);
-    const Tiles ahead = next < 0 ? Tiles() : Tiles(grid, next * plan.tiles, plan.tiles);
+    const Tiles tiles(grid, run * plan.tiles, plan.tiles);
+    const Tiles ahead = next_run <= run ? Tiles() : Tiles(grid, next_run * plan.tiles, plan.tiles);
 
-    const int64_t v_position = ceil_div(shape.in_channels, kN) * plan.tiles * kN + kN;
+    const int64_t v_position = input.parts.groups(kN) * plan.tiles * kN + kN;
     A* v = v_memory.get<A>(positions * v_position);
     int live[kMostTaps];
-    const int64_t num_live = m == 1 ? shape.live_taps_of(task * plan.tiles, tiles.count, live) : 0;
+    const int64_t num_live = m == 1 ? shape.live_taps_of(run * plan.tiles, tiles.count, live) : 0;
     input.template transform<m>(shape, tiles, live, num_live, v, plan.tiles, v_position);
 
-    Totals totals{std::vector<Moments>(static_cast<size_t>(measure.channels)),
-                  std::vector<double>(behind.x.data ? 2 * shape.out_channels : 0)};
-    for (int64_t first = 0; first < vectors();) {
+    // The share begins and ends with a chunk.
+    const int64_t share = task % plan.shares;
+    const int64_t begin = vectors() * share / plan.shares;
+    const int64_t end = vectors() * (share + 1) / plan.shares;
+    for (int64_t first = 0; first < end;) {
       const int chunk = next_chunk(vectors() - first);
-      const bool last_chunk = first + chunk == vectors();
+      if (first < begin) {
+        packed += positions * u_position(chunk);
+        first += chunk;
+        continue;
+      }
+      const bool last_chunk = first + chunk >= end;
       const int64_t product_position = chunk * plan.tiles * kN + kN;
       A* products = product_memory.get<A>((m == 1 ? 1 : positions) * product_position);
-      MultiplyArgs<A> args{v, v_position,        packed,     u_position(chunk), nullptr,
-                           1, shape.in_channels, plan.tiles, products};
+      MultiplyArgs<A> args;
+      args.v = v, args.v_position = v_position;
+      args.u = packed, args.u_position = u_position(chunk);
+      args.channels = input.parts.channels.data();
+      args.num_parts = static_cast<int64_t>(input.parts.channels.size());
+      args.tiles = plan.tiles, args.products = products;
       const auto kernel = kMultiply<A>[plan.tiles % 24 == 0][chunk - 1];
       if constexpr (m == 1) {
         args.positions = live;
         args.num_positions = num_live;
         prefetch_outputs<m>(tiles, 0, first, chunk);
+        if (last_chunk) prefetch_lowest_row(ahead);
         kernel(args);
       } else {
         for (int p = 0; p < positions; ++p) {
@@ -214,31 +265,15 @@ class TilePass {
         }
       }
       for (int k = 0; k < chunk; ++k)
-        write_vector<m>(tiles, first + k, products + k * plan.tiles * kN, product_position, totals);
+        write_vector<m>(tiles, run, first + k, products + k * plan.tiles * kN, product_position);
       packed += positions * u_position(chunk);
       first += chunk;
     }
-    report(task, totals);
   }
 
   static constexpr int kMostPositions = 64;
 
   // ---- outputs ---------------------------------------------------------------------------------
-
-  /// Sums over the outputs of one task.
-  struct Totals {
-    std::vector<Moments> moments;
-    std::vector<double> behind;
-    int64_t outputs = 0;
-  };
-
-  void report(int64_t task, const Totals& totals) const {
-    std::copy(totals.moments.begin(), totals.moments.end(),
-              measure.moments + task * measure.channels);
-    if (measure.channels) measure.counts[task] = static_cast<double>(totals.outputs);
-    std::copy(totals.behind.begin(), totals.behind.end(),
-              behind.sums + task * 2 * shape.out_channels);
-  }
 
   int pieces_of(int64_t vector, Piece<A>* pieces) const {
     const int64_t channel = (first_vector() + vector) * kN;
@@ -259,46 +294,41 @@ class TilePass {
   /// One vector of output channels of all tiles: the inverse transform, and what happens to
   /// outputs.
   template <int m>
-  void write_vector(const Tiles& tiles, int64_t vector, const A* products, int64_t position,
-                    Totals& totals) const {
+  void write_vector(const Tiles& tiles, int64_t run, int64_t vector, const A* products,
+                    int64_t position) const {
     const int64_t channel = vector * kN - lead();  // of lane 0, may be negative
-    Sums sums;
-    if (behind.x.data) {
-      // Whole vectors: what lies beyond the channels is padding.
-      Masked writer(*this, channel, sums);
-      write_tiles<m>(tiles, products, position, writer);
+    if (behind.sums) {
+      Behind from(*this, channel);
+      const Sums sums = write_tiles<m>(tiles, products, position, Masked(*this, channel, from));
       for (int64_t l = 0; l < std::min<int64_t>(kN, shape.out_channels - channel); ++l) {
-        double* to = &totals.behind[static_cast<size_t>(2 * (channel + l))];
+        double* to = behind.sums + 2 * (run * shape.out_channels + channel + l);
         to[0] = static_cast<double>(sums.sum[l]);
         to[1] = static_cast<double>(sums.squares[l]);
       }
       return;
     }
-    Piece<A> pieces[2];
+    Piece<A> pieces[2] = {};
     const int count = pieces_of(vector, pieces);
-    sums.wanted = channel < measure.channels && channel + kN > 0;
-    if (count == 1 && pieces[0].first == 0 && pieces[0].last == kN) {
-      Whole writer(*this, channel, pieces[0], sums);
-      write_tiles<m>(tiles, products, position, writer);
-    } else {
-      InPieces writer(*this, channel, pieces, count, sums);
-      write_tiles<m>(tiles, products, position, writer);
-    }
-    if (!sums.wanted) return;
-    totals.outputs = sums.count;
+    const bool measured = std::max<int64_t>(0, channel) < measure.channels;
+    const bool whole = count == 1 && pieces[0].first == 0 && pieces[0].last == kN;
+    const Sums sums = whole ? write_tiles<m>(tiles, products, position,
+                                             Whole(*this, channel, pieces[0], measured))
+                            : write_tiles<m>(tiles, products, position,
+                                             InPieces(*this, channel, pieces, count, measured));
+    if (!measured) return;
+    if (channel <= 0) measure.counts[run] = static_cast<double>(sums.count);
     const double n = static_cast<double>(sums.count);
     for (int64_t l = std::max<int64_t>(0, -channel);
          l < std::min<int64_t>(kN, measure.channels - channel); ++l) {
       const double s = static_cast<double>(sums.sum[l]);
       const double around_mean = static_cast<double>(sums.squares[l]) - s * s / n;
-      totals.moments[static_cast<size_t>(channel + l)] = {
+      measure.moments[run * measure.channels + channel + l] = {
           static_cast<double>(sums.pivot[l]) + s / n, around_mean < 0 ? 0 : around_mean};
     }
   }
 
   /// Over the outputs of a task. Distances from the first output keep float sums accurate.
   struct Sums {
-    bool wanted = false;
     int64_t count = 0;
     Vec<A> pivot{}, sum{}, squares{};
 
@@ -314,9 +344,10 @@ class TilePass {
   template <class E>
   struct Walk {
     Slab<E> slab;
-    int64_t step_y, step_x;
+    int64_t step_y = 0, step_x = 0;
     E* first = nullptr;
 
+    Walk() = default;
     Walk(const Slab<E>& s, const PassShape& shape)
         : slab(s), step_y(shape.dilation_h * s.stride_h), step_x(shape.dilation_w * s.stride_w) {}
     D3NET_INLINE void begin(const Origin& tile) { first = slab.at(tile.image, tile.y, tile.x); }
@@ -333,19 +364,20 @@ class TilePass {
     Walk<A> to;
     Vec<A> offset;
     bool accumulate;
-    Sums& sums;
+    bool measured;
+    Sums sums;
 
-    Whole(const TilePass& pass, int64_t channel, const Piece<A>& piece, Sums& s)
+    Whole(const TilePass& pass, int64_t channel, const Piece<A>& piece, bool is_measured)
         : to(piece.slab, pass.shape),
           offset(pass.bias_of(channel)),
           accumulate(pass.accumulate),
-          sums(s) {}
+          measured(is_measured) {}
     D3NET_INLINE void begin(const Origin& tile) { to.begin(tile); }
     D3NET_INLINE void put(int64_t i, int64_t j, Vec<A> v) {
       A* p = to.at(i, j);
       v += offset;
       if (accumulate) v += load(p);
-      if (sums.wanted) sums.add(v);
+      if (measured) sums.add(v);
       store(p, v);
     }
   };
@@ -355,15 +387,17 @@ class TilePass {
     int64_t first[2], last[2];
     Vec<A> offset;
     bool accumulate;
-    Sums& sums;
+    bool measured;
+    Sums sums;
 
-    InPieces(const TilePass& pass, int64_t channel, const Piece<A> (&pieces)[2], int count, Sums& s)
+    InPieces(const TilePass& pass, int64_t channel, const Piece<A> (&pieces)[2], int count,
+             bool is_measured)
         : to{{pieces[0].slab, pass.shape}, {pieces[count - 1].slab, pass.shape}},
           first{pieces[0].first, pieces[count - 1].first},
           last{pieces[0].last, count == 1 ? pieces[0].first : pieces[1].last},
           offset(pass.bias_of(channel)),
           accumulate(pass.accumulate),
-          sums(s) {}
+          measured(is_measured) {}
     D3NET_INLINE void begin(const Origin& tile) {
       to[0].begin(tile);
       to[1].begin(tile);
@@ -375,46 +409,97 @@ class TilePass {
         v += load_lanes(p, first[0], last[0]);
         if (first[1] < last[1]) v += load_lanes(q, first[1], last[1]);
       }
-      if (sums.wanted) sums.add(v);
+      if (measured) sums.add(v);
       store_lanes(p, v, first[0], last[0]);
       if (first[1] < last[1]) store_lanes(q, v, first[1], last[1]);
     }
   };
 
+  /// One vector of the channels that psi was applied to, from one part or from several.
+  class Behind {
+   public:
+    Behind(const TilePass& pass, int64_t channel) {
+      int64_t before = 0;
+      for (size_t i = 0; i < pass.behind.parts.x.size(); ++i) {
+        const int64_t end = before + pass.behind.parts.channels[i];
+        const int64_t first = std::max<int64_t>(0, before - channel);
+        const int64_t last = std::min<int64_t>(kN, end - channel);
+        if (first < last) {
+          Slab<const X> x = pass.behind.parts.x[i];
+          x.data += channel + first - before;
+          pieces_[count_++] = {Walk<const X>(x, pass.shape), first, last};
+        }
+        before = end;
+      }
+    }
+    D3NET_INLINE void begin(const Origin& tile) {
+      for (int i = 0; i < count_; ++i) pieces_[i].x.begin(tile);
+    }
+    /// The part that has all channels of the vector, or null.
+    const Walk<const X>* only() const { return count_ == 1 ? &pieces_[0].x : nullptr; }
+    Vec<A> at(int64_t i, int64_t j) const {
+      A lanes[kN] = {};
+      for (int k = 0; k < count_; ++k) {
+        const int64_t some = pieces_[k].last - pieces_[k].first;
+        store_first<A>(lanes + pieces_[k].first, load_first<A>(pieces_[k].x.at(i, j), some), some);
+      }
+      return load(lanes);
+    }
+
+   private:
+    struct Piece {
+      Walk<const X> x;
+      int64_t first, last;
+    };
+    Piece pieces_[kN];
+    int count_ = 0;
+  };
+
   struct Masked {
     Walk<A> to;
     Walk<const X> x;
+    Behind* parts;  // null: x has all channels
     int64_t lanes;
-    Vec<A> scale, shift, mean;
-    Sums& sums;
+    Vec<A> scale, shift, mean, floor, slope;
+    Sums sums;
 
-    Masked(const TilePass& pass, int64_t channel, Sums& s)
+    Masked(const TilePass& pass, int64_t channel, Behind& from)
         : to(pass.to.low, pass.shape),
-          x(pass.behind.x, pass.shape),
+          parts(from.only() ? nullptr : &from),
           lanes(std::min<int64_t>(kN, pass.shape.out_channels - channel)),
-          scale(load_first<A>(pass.behind.psi.scale + channel, lanes)),
-          shift(load_first<A>(pass.behind.psi.shift + channel, lanes)),
+          scale(broadcast(A{1})),
+          shift{},
           mean(load_first<A>(pass.behind.mean + channel, lanes)),
-          sums(s) {
+          floor(broadcast(pass.behind.psi.floor())) {
+      if (pass.behind.psi.scale) {
+        scale = load_first<A>(pass.behind.psi.scale + channel, lanes);
+        shift = load_first<A>(pass.behind.psi.shift + channel, lanes);
+      }
+      slope = pass.behind.to_x ? scale : broadcast(A{1});
       to.slab.data += channel;
-      x.slab.data += channel;
+      if (!parts) x = *from.only();
     }
     D3NET_INLINE void begin(const Origin& tile) {
       to.begin(tile);
-      x.begin(tile);
+      if (parts)
+        parts->begin(tile);
+      else
+        x.begin(tile);
     }
     D3NET_INLINE void put(int64_t i, int64_t j, Vec<A> v) {
-      const X* p = x.at(i, j);
-      const Vec<A> value = lanes == kN ? load<A>(p) : load_first<A>(p, lanes);
-      v = fma(value, scale, shift) <= 0 ? Vec<A>{} : v;
+      const Vec<A> value = parts         ? parts->at(i, j)
+                           : lanes == kN ? load<A>(x.at(i, j))
+                                         : load_first<A>(x.at(i, j), lanes);
+      v = fma(value, scale, shift) <= floor ? Vec<A>{} : v;
       sums.sum += v;
       sums.squares = fma(v, value - mean, sums.squares);
-      store(to.at(i, j), v);
+      store_first<A>(to.at(i, j), v * slope, lanes);
     }
   };
 
+  /// The inverse transform of some tiles. The writer is taken by value: its sums stay in registers.
   template <int m, class Writer>
-  void write_tiles(const Tiles& tiles, const A* products, int64_t position, Writer& writer) const {
+  Sums write_tiles(const Tiles& tiles, const A* products, int64_t position, Writer writer) const {
     for (int64_t t = 0; t < tiles.count; ++t, products += kN) {
       const Origin& tile = tiles.at[t];
       writer.begin(tile);
@@ -443,6 +528,7 @@ class TilePass {
         }
       }
     }
+    return writer.sums;
   }
 
   // ---- what is needed next comes to L2 while the products are made ------------------------------
@@ -452,18 +538,31 @@ class TilePass {
                                      int64_t chunk) const {
     const int i = (p - m) / m, j = (p - m) % m;  // positions m .. m + m * m - 1 each take an output
     if (m > 1 && (p < m || i >= m)) return;
-    const int64_t channel = (first_vector() + first) * kN;
-    const Slab<A>& slab = channel < to.cut ? to.low : to.high;
-    const int64_t offset = channel < to.cut ? channel : channel - to.cut;
+    const int64_t begin = (first_vector() + first) * kN, end = begin + chunk * kN;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const Origin& tile = tiles.at[t];
       const int64_t y = tile.y + (m > 1 ? i * shape.dilation_h : 0);
       const int64_t x = tile.x + (m > 1 ? j * shape.dilation_w : 0);
       if (y >= shape.height || x >= shape.width) continue;
-      prefetch(slab.at(tile.image, y, x) + offset, chunk * kN * static_cast<int64_t>(sizeof(A)));
-      if (behind.x.data)
-        prefetch(behind.x.at(tile.image, y, x) + first * kN,
-                 chunk * kN * static_cast<int64_t>(sizeof(X)));
+      prefetch_channels(to.low, tile.image, y, x, begin, std::min(end, to.cut));
+      prefetch_channels(to.high, tile.image, y, x, std::max<int64_t>(0, begin - to.cut),
+                        std::min(end, to.end) - to.cut);
+      if (behind.sums) behind.parts.prefetch_pixel(tile.image, y, x);
+    }
+  }
+
+  D3NET_INLINE static void prefetch_channels(const Slab<A>& slab, int64_t image, int64_t y,
+                                             int64_t x, int64_t begin, int64_t end) {
+    if (begin < end)
+      prefetch(slab.at(image, y, x) + begin, (end - begin) * static_cast<int64_t>(sizeof(A)));
+  }
+
+  /// Of direct convolution, the inputs that no earlier row of outputs has read.
+  D3NET_INLINE void prefetch_lowest_row(const Tiles& tiles) const {
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const Origin& tile = tiles.at[t];
+      const int64_t y = shape.tap_y(tile.y, shape.kernel_h - 1);
+      if (y < shape.height) input.parts.prefetch_pixel(tile.image, y, tile.x);
     }
   }
 
@@ -476,32 +575,9 @@ class TilePass {
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t y = tiles.at[t].y + (i - 1) * shape.dilation_h;
       const int64_t x = tiles.at[t].x + (j - 1) * shape.dilation_w;
-      if (shape.inside(y, x))
-        prefetch(input.x.at(tiles.at[t].image, y, x),
-                 shape.in_channels * static_cast<int64_t>(sizeof(In)));
+      if (shape.inside(y, x)) input.parts.prefetch_pixel(tiles.at[t].image, y, x);
     }
   }
 };
-
-/// Where each pass's packed weights begin, and where all end.
-template <class Pass>
-std::vector<int64_t> packed_offsets(const std::vector<Pass>& passes) {
-  std::vector<int64_t> offsets{0};
-  for (const Pass& pass : passes)
-    offsets.push_back(offsets.back() + round_up(pass.packed_size(), 64));
-  return offsets;
-}
-
-template <class Pass, class A>
-void pack_all(Crew::Worker& worker, const std::vector<Pass>& passes,
-              const std::vector<int64_t>& offsets, A* packed) {
-  int64_t items = 0;
-  for (const Pass& pass : passes) items += pass.pack_items();
-  worker.each(items, [&](int64_t item, int64_t) {
-    size_t i = 0;
-    while (item >= passes[i].pack_items()) item -= passes[i++].pack_items();
-    passes[i].pack(item, packed + offsets[i]);
-  });
-}
 
 }  // namespace d3net::cpu::D3NET_ISA

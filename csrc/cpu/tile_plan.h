@@ -68,6 +68,7 @@ struct PassShape {
 struct PassPlan {
   Algorithm algorithm = Algorithm::direct;
   int64_t tiles = 24;  // of one task
+  int64_t shares = 1;  // of the output channels: so many tasks work on the same tiles
 };
 
 constexpr int64_t kMostTiles = 24;
@@ -81,33 +82,45 @@ inline double mean_live_taps(int64_t size, int64_t kernel, int64_t dilation, int
   return static_cast<double>(taps) / static_cast<double>(runs);
 }
 
-/// Modelled cycles of one core: two FMA a cycle, what a tile costs to transform, in and out, and
-/// what a weight does, each per vector of channels (from counting loads, stores and arithmetic).
+/// Modelled cycles of one core: two FMA a cycle, and what a tile costs to transform, in and out,
+/// per vector of channels (from counting loads, stores and arithmetic).
 inline double pass_cost(const PassShape& s, Algorithm algorithm, Machine machine) {
   const double tiles = static_cast<double>(s.grid(algorithm).count());
   const double in_vectors = static_cast<double>(ceil_div(s.in_channels, machine.lanes));
   const double out_vectors = static_cast<double>(ceil_div(s.out_channels, machine.lanes));
   const double products = static_cast<double>(s.in_channels) * out_vectors;
-  double taps = 36, in = 150, out = 120, weights = 250;
+  double taps = 36, in = 150, out = 120;
   if (algorithm == Algorithm::winograd2) {
-    taps = 16, in = 45, out = 35, weights = 150;
+    taps = 16, in = 45, out = 35;
   } else if (algorithm == Algorithm::direct) {
     taps = mean_live_taps(s.height, s.kernel_h, s.dilation_h, 1) *
            mean_live_taps(s.width, s.kernel_w, s.dilation_w, kMostTiles);
-    in = 2.5 * taps, out = 5, weights = 80;
+    in = 2.5 * taps, out = 5;
   }
-  return tiles * (taps * products / 2 + in * in_vectors + out * out_vectors) + weights * products;
+  return tiles * (taps * products / 2 + in * in_vectors + out * out_vectors);
+}
+
+/// What it costs to pack the weights: measured, most of it the stores that miss the caches.
+inline double packing_cost(const PassShape& s, Algorithm algorithm, Machine machine) {
+  const double weights = algorithm == Algorithm::winograd4   ? 1000
+                         : algorithm == Algorithm::winograd2 ? 450
+                                                             : 120;
+  return weights * static_cast<double>(s.in_channels * ceil_div(s.out_channels, machine.lanes));
 }
 
 /// The cheapest algorithm that the kernel's size and the precision permit. `exact` asks for direct
-/// sums, as float64 does.
+/// sums, as float64 does. Packing counts for a quarter: small maps have it kept from call to call,
+/// where the weights stay, and results are not to depend on whether they do.
 inline PassPlan plan_pass(const PassShape& s, Precision precision, bool exact, Machine machine) {
   PassPlan plan;
   if (s.kernel_h == 3 && s.kernel_w == 3 && !exact) {
-    double best = pass_cost(s, Algorithm::direct, machine);
+    auto cost_of = [&](Algorithm algorithm) {
+      return pass_cost(s, algorithm, machine) + packing_cost(s, algorithm, machine) / 4;
+    };
+    double best = cost_of(Algorithm::direct);
     for (const Algorithm algorithm : {Algorithm::winograd2, Algorithm::winograd4}) {
       if (algorithm == Algorithm::winograd4 && precision == Precision::highest) continue;
-      const double cost = pass_cost(s, algorithm, machine);
+      const double cost = cost_of(algorithm);
       if (cost < best) {
         best = cost;
         plan.algorithm = algorithm;
@@ -115,7 +128,10 @@ inline PassPlan plan_pass(const PassShape& s, Precision precision, bool exact, M
     }
   }
   // Small maps are cut finer, so that there are tasks to share.
-  plan.tiles = s.grid(plan.algorithm).count() < kWantedTasks * kMostTiles ? 12 : kMostTiles;
+  const int64_t tiles = s.grid(plan.algorithm).count();
+  plan.tiles = tiles < kWantedTasks * kMostTiles ? 12 : kMostTiles;
+  const int64_t most_shares = std::max<int64_t>(1, s.out_channels / (2 * machine.lanes));
+  plan.shares = std::min(most_shares, ceil_div(kWantedTasks, ceil_div(tiles, plan.tiles)));
   return plan;
 }
 

@@ -23,7 +23,8 @@ class TileWeightGradient {
   Algorithm algorithm = Algorithm::direct;
   TileInput<In, A> input;
   Slab<const A> gradient;  // data: the first output channel
-  In* to = nullptr;        // (out_channels, in_channels, kernel_h, kernel_w), dense
+  In* to = nullptr;        // (out_channels, in_channels, kernel_h, kernel_w)
+  int64_t to_stride = 0;   // between output channels; all else is dense
 
   /// Elements of memory that run() needs, shared by the threads.
   int64_t workspace_size() const {
@@ -46,7 +47,7 @@ class TileWeightGradient {
  private:
   static constexpr int64_t kPanelBytes = 4 << 20;  // V and D: part of the last-level cache
   static constexpr int64_t kTilesAtOnce = 8;
-  static constexpr int64_t kChannelsAtOnce = 8;  // whose taps lie on the same cache lines
+  static constexpr int64_t kChannelsAtOnce = 8;
 
   /// How the workspace is laid out. Positions are one vector further apart than they need, so that
   /// they do not fall on one cache set.
@@ -56,7 +57,7 @@ class TileWeightGradient {
   };
   Layout layout() const {
     Layout l;
-    l.in_groups = ceil_div(shape.in_channels, kN);
+    l.in_groups = input.parts.groups(kN);
     l.out_groups = ceil_div(shape.out_channels, kN);
     const int64_t positions = shape.positions(algorithm);
     const int64_t d_positions = algorithm == Algorithm::direct ? 1 : positions;
@@ -79,6 +80,9 @@ class TileWeightGradient {
     const Layout l = layout();
     const TileGrid grid = shape.grid(algorithm);
     const int64_t tiles = grid.count(), positions = shape.positions(algorithm);
+    std::vector<int64_t> sizes;  // of the groups of input channels
+    input.parts.each_group(
+        kN, [&](const auto&, int64_t, int64_t, int64_t, int64_t n) { sizes.push_back(n); });
     A* d = v + l.v_size;
     A* u = d + l.d_size;
     worker.each(positions, [&](int64_t p, int64_t) {
@@ -105,17 +109,32 @@ class TileWeightGradient {
         prefetch_tiles<m>(grid, begin + count + ahead * i / items,
                           begin + count + ahead * (i + 1) / items);
         const int64_t p = m == 1 ? live[i / blocks] : i / blocks, block = i % blocks;
-        multiply_position(l, v + p * l.v_position, d + (m == 1 ? 0 : p) * l.d_position, count,
-                          block * l.in_groups / blocks, (block + 1) * l.in_groups / blocks,
+        multiply_position(l, sizes, v + p * l.v_position, d + (m == 1 ? 0 : p) * l.d_position,
+                          count, block * l.in_groups / blocks, (block + 1) * l.in_groups / blocks,
                           u + p * l.u_position);
       });
     }
-    worker.each(ceil_div(shape.in_channels, kChannelsAtOnce), [&](int64_t i, int64_t) {
-      const int64_t first = i * kChannelsAtOnce;
-      const int64_t last = std::min(first + kChannelsAtOnce, shape.in_channels);
+    const std::vector<Run> runs = runs_of_channels();
+    worker.each(static_cast<int64_t>(runs.size()), [&](int64_t i, int64_t) {
+      const Run& run = runs[static_cast<size_t>(i)];
       for (int64_t out = 0; out < shape.out_channels; out += kN)
-        for (int64_t c = first; c < last; ++c) gather<m>(l, c, out, u + c * l.u_channel + out);
+        for (int64_t c = 0; c < run.channels; ++c)
+          gather<m>(l, run.channel + c, out, u + (run.u_row + c) * l.u_channel + out);
     });
+  }
+
+  /// Input channels whose taps lie on the same cache lines, and their first row of U.
+  struct Run {
+    int64_t channel, u_row, channels;
+  };
+  std::vector<Run> runs_of_channels() const {
+    std::vector<Run> runs;
+    input.parts.each_group(
+        kN, [&](const auto&, int64_t, int64_t channel, int64_t group, int64_t n) {
+          for (int64_t c = 0; c < n; c += kChannelsAtOnce)
+            runs.push_back({channel + c, group * kN + c, std::min(kChannelsAtOnce, n - c)});
+        });
+    return runs;
   }
 
   /// What the next panel will read comes to the caches while this one is multiplied.
@@ -128,8 +147,7 @@ class TileWeightGradient {
         for (int64_t j = 0; j < m; ++j) {
           const int64_t y = cursor.y + i * grid.dilation_h, x = cursor.x + j * grid.dilation_w;
           if (y >= shape.height || x >= shape.width) continue;
-          prefetch(input.x.at(cursor.image, y, x),
-                   shape.in_channels * static_cast<int64_t>(sizeof(In)));
+          input.parts.prefetch_pixel(cursor.image, y, x);
           prefetch(gradient.at(cursor.image, y, x),
                    shape.out_channels * static_cast<int64_t>(sizeof(A)));
         }
@@ -172,14 +190,13 @@ class TileWeightGradient {
   }
 
   /// U += V^T D of one position, for some groups of input channels.
-  void multiply_position(const Layout& l, const A* v, const A* d, int64_t tiles,
-                         int64_t first_group, int64_t last_group, A* u) const {
+  void multiply_position(const Layout& l, const std::vector<int64_t>& sizes, const A* v, const A* d,
+                         int64_t tiles, int64_t first_group, int64_t last_group, A* u) const {
     for (int64_t group = first_group; group < last_group; ++group)
       for (int64_t k = 0; k < l.out_groups;) {
         const int chunk = next_chunk(l.out_groups - k);
         const int64_t rows = channels_at_once(chunk, kN);
-        const int64_t last = std::min<int64_t>(kN, shape.in_channels - group * kN);
-        for (int64_t r = 0; r < last; r += rows)
+        for (int64_t r = 0; r < sizes[static_cast<size_t>(group)]; r += rows)
           kOuter<A>[chunk - 1]({v + group * l.panel * kN + r, d + k * l.panel * kN, l.panel * kN,
                                 tiles, u + (group * kN + r) * l.u_channel + k * kN, l.u_channel});
         k += chunk;
@@ -210,7 +227,7 @@ class TileWeightGradient {
     }
     for (int64_t k = 0; k < std::min<int64_t>(kN, shape.out_channels - out); ++k)
       for (int64_t tap = 0; tap < taps; ++tap)
-        store_one<A>(to + ((out + k) * shape.in_channels + channel) * taps + tap, by_tap[tap][k]);
+        store_one<A>(to + (out + k) * to_stride + channel * taps + tap, by_tap[tap][k]);
   }
 };
 

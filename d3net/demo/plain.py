@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from d3net_kernels import D2Block, use_backend
@@ -13,7 +15,7 @@ class PlainD2Block(D2Block):
     See :func:`d3net_kernels.reference.d2_block`.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """(N, C_0, H, W) -> (N, k * out_layers, H, W)."""
         with use_backend("reference"):
             return super().forward(x)

@@ -1,0 +1,57 @@
+#include "packed_cache.h"
+
+#include <algorithm>
+
+namespace d3net::cpu {
+
+PackedCache& PackedCache::of_process() {
+  static PackedCache cache;
+  return cache;
+}
+
+std::shared_ptr<PackedCache::Entry> PackedCache::find(const Key& key) {
+  const std::lock_guard lock(mutex_);
+  ++clock_;
+  for (const auto& entry : entries_)
+    if (entry->key == key) {
+      entry->used = clock_;
+      return entry;
+    }
+  return nullptr;
+}
+
+std::shared_ptr<PackedCache::Entry> PackedCache::make(const Key& key, size_t weight_bytes,
+                                                      size_t packed_bytes) {
+  const std::lock_guard lock(mutex_);
+  const size_t bytes = weight_bytes + packed_bytes;
+  std::erase_if(entries_, [&](const auto& entry) {
+    return entry->key == key || entry->used + kOld < clock_;
+  });
+  if (held() + bytes > kMostBytes) return nullptr;
+  auto entry = std::make_shared<Entry>();
+  entry->key = key;
+  entry->weights = Pages(weight_bytes);
+  entry->packed = Pages(packed_bytes);
+  entry->bytes = bytes;
+  entry->used = clock_;
+  return entry;
+}
+
+void PackedCache::keep(const std::shared_ptr<Entry>& entry) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(entries_, [&](const auto& other) { return other->key == entry->key; });
+  entries_.push_back(entry);
+}
+
+size_t PackedCache::bytes() {
+  const std::lock_guard lock(mutex_);
+  return held();
+}
+
+size_t PackedCache::held() const {
+  size_t sum = 0;
+  for (const auto& entry : entries_) sum += entry->bytes;
+  return sum;
+}
+
+}  // namespace d3net::cpu

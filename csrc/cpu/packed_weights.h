@@ -1,0 +1,143 @@
+// The packed weights of a call's passes: made by all threads together, or kept from an earlier call
+// with the same weights.
+#pragma once
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "packed_cache.h"
+#include "tile_pass.h"
+
+namespace d3net::cpu::D3NET_ISA {
+
+template <class Pass>
+class PackedWeights {
+  using A = typename Pass::Sum;
+
+ public:
+  /// `recur`: whether later calls are expected to have the same weights.
+  PackedWeights(const std::vector<Pass>& passes, bool recur) : passes_(passes) {
+    for (const Pass& pass : passes)
+      offsets_.push_back(offsets_.back() + round_up(pass.packed_size(), 64));
+    if (!recur || !worth_keeping()) {
+      borrowed_.emplace(memory(), offsets_.back());
+      return;
+    }
+    const PackedCache::Key key = this->key();
+    entry_ = PackedCache::of_process().find(key);
+    if (entry_) return;
+    start_entry(key);
+  }
+
+  /// All threads together; afterwards of() may be read.
+  void prepare(Crew::Worker& worker) {
+    if (entry_ && !fresh_) {
+      each_chunk(worker, [&](const char* weights, int64_t at, int64_t bytes) {
+        if (std::memcmp(weights, kept(at), static_cast<size_t>(bytes)) != 0)
+          changed_.store(true, std::memory_order_relaxed);
+      });
+      worker.once([&] {
+        if (!changed_.load(std::memory_order_relaxed)) return;
+        const PackedCache::Key key = entry_->key;
+        start_entry(key);
+      });
+      if (!changed_.load(std::memory_order_relaxed)) return;
+    }
+    int64_t items = 0;
+    for (const Pass& pass : passes_) items += pass.pack_items();
+    worker.each(items, [&](int64_t item, int64_t) {
+      size_t i = 0;
+      while (item >= passes_[i].pack_items()) item -= passes_[i++].pack_items();
+      passes_[i].pack(item, of(i));
+    });
+    if (!entry_) return;
+    each_chunk(worker, [&](const char* weights, int64_t at, int64_t bytes) {
+      std::memcpy(kept(at), weights, static_cast<size_t>(bytes));
+    });
+    worker.once([&] { PackedCache::of_process().keep(entry_); });
+  }
+
+  A* of(size_t pass) const {
+    A* all = entry_ ? static_cast<A*>(entry_->packed.data()) : borrowed_->get();
+    return all + offsets_[pass];
+  }
+
+ private:
+  static constexpr int64_t kChunk = int64_t{256} << 10;  // bytes compared or copied at a time
+
+  static Scratch& memory() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+
+  void start_entry(const PackedCache::Key& key) {
+    entry_ = PackedCache::of_process().make(key, static_cast<size_t>(weight_bytes()),
+                                            static_cast<size_t>(offsets_.back()) * sizeof(A));
+    fresh_ = true;
+    if (!entry_) borrowed_.emplace(memory(), offsets_.back());
+  }
+  char* kept(int64_t at) const { return static_cast<char*>(entry_->weights.data()) + at; }
+
+  /// Weights lie densely, and packing them is a good part of the work.
+  bool worth_keeping() const {
+    const Machine machine{kLanes<A>, kVectorRegisters};
+    double packing = 0, all = 0;
+    for (const Pass& pass : passes_) {
+      const PassShape& s = pass.shape;
+      const Weight& w = pass.weight;
+      if (w.stride_w != 1 || w.stride_h != s.kernel_w || w.stride_c != s.kernel_h * s.kernel_w ||
+          w.stride_k != s.in_channels * w.stride_c)
+        return false;
+      packing += packing_cost(s, pass.plan.algorithm, machine);
+      all += pass_cost(s, pass.plan.algorithm, machine);
+    }
+    return packing > all / 16;
+  }
+
+  int64_t bytes_of(const Pass& pass) const {
+    return pass.shape.out_channels * pass.weight.stride_k *
+           static_cast<int64_t>(sizeof(typename Pass::Element));
+  }
+  int64_t weight_bytes() const {
+    int64_t sum = 0;
+    for (const Pass& pass : passes_) sum += bytes_of(pass);
+    return sum;
+  }
+
+  PackedCache::Key key() const {
+    PackedCache::Key key{D3NET_VECTOR_BYTES, sizeof(typename Pass::Element), sizeof(A)};
+    for (const Pass& pass : passes_)
+      for (const int64_t part :
+           {reinterpret_cast<int64_t>(pass.weight.data), pass.shape.in_channels,
+            pass.shape.out_channels, pass.shape.kernel_h, pass.shape.kernel_w,
+            static_cast<int64_t>(pass.plan.algorithm), pass.to.begin % kLanes<A>})
+        key.push_back(part);
+    return key;
+  }
+
+  /// item(weights, where they lie among all, bytes), over all passes.
+  template <class F>
+  void each_chunk(Crew::Worker& worker, F&& item) const {
+    int64_t before = 0;
+    for (const Pass& pass : passes_) {
+      const int64_t bytes = bytes_of(pass);
+      const char* weights = static_cast<const char*>(pass.weight.data);
+      worker.each(ceil_div(bytes, kChunk), [&](int64_t i, int64_t) {
+        item(weights + i * kChunk, before + i * kChunk, std::min(kChunk, bytes - i * kChunk));
+      });
+      before += bytes;
+    }
+  }
+
+  const std::vector<Pass>& passes_;
+  std::vector<int64_t> offsets_{0};
+  std::shared_ptr<PackedCache::Entry> entry_;
+  bool fresh_ = false;  // the entry is yet to be filled
+  std::atomic<bool> changed_{false};
+  std::optional<Borrowed<A>> borrowed_;
+};
+
+}  // namespace d3net::cpu::D3NET_ISA

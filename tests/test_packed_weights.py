@@ -1,0 +1,123 @@
+"""Packed weights are kept from call to call: with which bits, for whom, and how much of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import d3net_kernels as dk
+
+pytestmark = pytest.mark.skipif(
+    dk.why_not("cpu") is not None, reason=f"no cpu backend: {dk.why_not('cpu')}"
+)
+
+MOST_BYTES = 128 << 20  # csrc/cpu/packed_cache.h
+
+
+def _kept() -> int:
+    return int(torch.ops.d3net_kernels.cpu_packed_bytes())
+
+
+def _block(growth: int = 16) -> dk.D2Block:
+    return dk.D2Block(24, growth, 3).eval().requires_grad_(False)
+
+
+def test_the_same_bits_with_and_without() -> None:
+    """A call that packs, one that finds it packed, one that never keeps, and one that trains."""
+    block, x = _block(), torch.randn(1, 24, 8, 12)
+    packs = block(x)
+    before = _kept()
+    assert torch.equal(block(x), packs)
+    assert _kept() == before > 0
+    assert torch.equal(block(x.repeat(40, 1, 1, 1))[:1], packs)  # too large a call to keep for
+    block.requires_grad_()
+    trains = block(x)
+    assert trains.requires_grad
+    assert torch.equal(trains, packs)
+
+
+def _through_numpy(weight: torch.Tensor) -> None:
+    weight.numpy()[...] *= 1.5
+
+
+def _through_data(weight: torch.Tensor) -> None:
+    weight.data[-1, -1, -1, -1] += 100
+
+
+def _through_another_storage(weight: torch.Tensor) -> None:
+    weight.set_(1.5 * weight)
+
+
+@pytest.mark.parametrize(
+    "change", [_through_numpy, _through_data, _through_another_storage], ids=lambda f: f.__name__
+)
+def test_changes_that_no_version_counts(change: Callable[[torch.Tensor], None]) -> None:
+    block, x = _block(), torch.randn(1, 24, 8, 12)
+    for conv in (block.convs[2], block.convs[0]):
+        before = block(x)
+        change(conv.weight.detach() if change is not _through_another_storage else conv.weight)
+        after = block(x)
+        with dk.use_backend("reference"):
+            expected = block(x)
+        assert not torch.allclose(after, before, atol=1e-2)
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_addresses_that_come_again() -> None:
+    """New weights may lie where others were; only their values tell them apart."""
+    x = torch.randn(1, 24, 8, 12)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        block = _block()
+        out = block(x)
+        with dk.use_backend("reference"):
+            torch.testing.assert_close(out, block(x), rtol=1e-4, atol=1e-4)
+        del block
+
+
+def test_never_more_than_the_limit() -> None:
+    x = torch.randn(1, 24, 4, 6)
+    blocks = [_block(96) for _ in range(60)]  # 2 MB of weights each, packed three to five times
+    for block in blocks:
+        block(x)
+        assert _kept() <= MOST_BYTES
+    assert _kept() > MOST_BYTES // 2
+    first = blocks[0](x)
+    with dk.use_backend("reference"):
+        torch.testing.assert_close(first, blocks[0](x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_dead_make_room() -> None:
+    """Blocks that are gone are forgotten after a while of other calls."""
+    x = torch.randn(1, 24, 4, 6)
+    for _ in range(60):
+        _block(96)(x)
+    full = _kept()
+    small = [_block(8), _block(8)]
+    for _ in range(600):
+        for block in small:
+            block(x)
+    _block(8)(x)
+    assert _kept() < full // 4
+
+
+def test_two_threads_at_once() -> None:
+    """Callers that share a block while a third changes another one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    block, x = _block(), torch.randn(1, 24, 8, 12)
+    expected = block(x)
+    others = [_block() for _ in range(4)]
+
+    def call(i: int) -> bool:
+        if i % 5 == 4:
+            other = others[i // 5 % 4]
+            other.convs[0].weight.data.mul_(1.01)
+            other(x)
+            return True
+        return torch.equal(block(x), expected)
+
+    with ThreadPoolExecutor(5) as pool:
+        assert all(pool.map(call, range(200)))
