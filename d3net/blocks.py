@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from d3net_kernels import D2Block, NormConv2d, multidilated_conv2d
+from d3net_kernels import ConvParams, D2Block, NormConv2d, multidilated_conv2d, norm_conv2d
 
 Dilation: TypeAlias = Literal["multi", "standard", "none"]
 Norm: TypeAlias = Literal["per_source", "per_layer"]
@@ -46,7 +46,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Parts) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        made = self.conv(joined(x))
+        made = norm_conv2d(x, ConvParams(self.conv.weight, self.conv.bias), None)
         return F.relu(self.norm(made), inplace=True)
 
 

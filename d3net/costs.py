@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from d3net.blocks import ConvNorm
 from d3net.registry import create_model, find, list_models
 from d3net_kernels import D2Block, NormConv2d
 
@@ -39,7 +40,7 @@ def cost(name: str) -> Cost:
             macs += positions.shape[0] * positions.shape[2] * positions.shape[3] * weights
 
         for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, D2Block, NormConv2d)):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, D2Block, NormConv2d, ConvNorm)):
                 module.register_forward_hook(count)
         model(torch.empty(shape))
     parameters = sum(p.numel() for p in model.parameters())

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import backends, block_layers, block_node, checks, reference
 from ._layout import autocast_dtype_for
 from .block_params import ConvParams, D2Params, Norm, NormParams, Processes
+from .functional import multidilated_conv2d
 
 
 def d2_block(
@@ -72,7 +73,7 @@ def d2_block(
 
 
 def norm_conv2d(
-    x: Tensor | Sequence[Tensor], conv: ConvParams, norm: NormParams, *, relu: bool = True
+    x: Tensor | Sequence[Tensor], conv: ConvParams, norm: NormParams | None, *, relu: bool = True
 ) -> Tensor:
     """Batch normalisation, ReLU if asked for, and a convolution, on a list of tensors at once.
 
@@ -84,7 +85,7 @@ def norm_conv2d(
         x: (N, C, H, W) of float32, float64, bfloat16 or float16, or a list of tensors whose
             concatenation it is.
         conv: weight (K, C, kh, kw) with odd sides, and bias (K,) or None.
-        norm: of the C channels.
+        norm: of the C channels; None for neither normalisation nor ReLU.
         relu: whether negative values become zero before the convolution.
 
     Returns:
@@ -93,11 +94,15 @@ def norm_conv2d(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or sizes do not fit together.
     """
-    batch_statistics = norm.running_mean is None or norm.use_batch_statistics
+    batch_statistics = norm is not None and (norm.running_mean is None or norm.use_batch_statistics)
     parts, _ = checks.block_input(x, conv.weight, batch_statistics, None)
-    forced = backends.forced_for(parts)
-    params = D2Params([conv], [norm])
-    if forced in (None, "cpu"):
+    may = backends.forced_for(parts) in (None, "cpu")
+    if norm is None:
+        if may and block_node.serves_parts(parts):
+            ones = [1] * len(parts)
+            return multidilated_conv2d(parts, conv.weight, conv.bias, dilations=ones)
+    elif may:
+        params = D2Params([conv], [norm])
         cast_parts, cast_params = _as_autocast(parts, params)
         if block_node.serves(cast_parts, cast_params, "per_source"):
             return block_node.d2_block(cast_parts, cast_params, "per_source", 1, relu)

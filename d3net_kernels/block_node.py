@@ -15,6 +15,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
 from . import block_layers, ops
+from ._layout import autocast_dtype_for, is_channels_last
 from .backends import cpu
 from .block_params import ConvParams, D2Params, Norm, NormParams
 
@@ -69,6 +70,16 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
         if conv.bias is not None and conv.bias.shape != conv.weight.shape[:1]:
             return False
     return True
+
+
+def serves_parts(parts: Sequence[Tensor]) -> bool:
+    """Whether convolving several tensors is as fast as concatenating them first."""
+    if len(parts) == 1 or torch.compiler.is_exporting() or cpu.why_not(()) is not None:
+        return False
+    return autocast_dtype_for(parts[0]) is None and all(
+        part.device.type == "cpu" and part.dtype == torch.float32 and is_channels_last(part)
+        for part in parts
+    )
 
 
 def d2_block(

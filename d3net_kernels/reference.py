@@ -88,11 +88,14 @@ def d2_block(
 
 
 def norm_conv2d(
-    x: Tensor | Sequence[Tensor], conv: ConvParams, norm: NormParams, *, relu: bool = True
+    x: Tensor | Sequence[Tensor], conv: ConvParams, norm: NormParams | None, *, relu: bool = True
 ) -> Tensor:
     """Same arguments and result as :func:`d3net_kernels.norm_conv2d`."""
-    y = normalise(_concatenated(x), norm)
-    return same_conv2d(y.relu_() if relu else y, conv.weight, conv.bias, (1, 1))
+    y = _concatenated(x)
+    if norm is not None:
+        y = normalise(y, norm)
+        y = y.relu_() if relu else y
+    return same_conv2d(y, conv.weight, conv.bias, (1, 1))
 
 
 def _concatenated(x: Tensor | Sequence[Tensor]) -> Tensor:

@@ -57,6 +57,15 @@ def test_without_relu_too(mode: str, relu: bool, kernel: int) -> None:
         assert error <= 2 * float((other - expected).abs().max()) + floor
 
 
+def test_without_norm() -> None:
+    module, parts = module_and_parts()
+    conv = dk.ConvParams(module.conv.weight, module.conv.bias)
+    expected = module.conv(torch.cat(parts, 1))
+    for given in (parts, [p.contiguous(memory_format=torch.channels_last) for p in parts]):
+        torch.testing.assert_close(dk.norm_conv2d(given, conv, None), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(dk.norm_conv2d(torch.cat(parts, 1), conv, None), expected)
+
+
 def test_one_layer_of_a_block() -> None:
     module, parts = module_and_parts(kernel=3)
     module.eval()

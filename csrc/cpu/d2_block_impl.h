@@ -289,7 +289,8 @@ class D2Backward : D2Block<T> {
   }
 
   void run() {
-    const int64_t pitch_y = round_up(std::max(p.in_channels, p.growth), kAlignedChannels);
+    const int64_t widest = writes_to_x() ? p.growth : std::max(p.in_channels, p.growth);
+    const int64_t pitch_y = round_up(widest, kAlignedChannels);
     static thread_local Scratch rows_memory, y_memory, workspace_memory;
     const Borrowed<A> rows(rows_memory, this->pixels() * p.row());
     const Borrowed<A> gradient_y(y_memory, this->pixels() * pitch_y);
@@ -366,6 +367,13 @@ class D2Backward : D2Block<T> {
     return true;
   }
 
+  /// Whether the gradient of x_0 is that of psi(x_0) until it becomes its own, in place.
+  bool writes_to_x() const { return Base::kWide && g_.x && (!p.per_layer || p.layers == 1); }
+  Slab<A> gradient_y_of(const Link& link) const {
+    if (link.source == 0 && writes_to_x()) return this->slab(static_cast<A*>(g_.x), p.in_channels);
+    return gradient_y_;
+  }
+
   Slab<A> gradient_of(int64_t layer) const {
     Slab<A> s = rows_;
     s.data += p.in_row(layer);
@@ -386,8 +394,8 @@ class D2Backward : D2Block<T> {
     const T* last_tap = static_cast<const T*>(w.data) + (p.kernel_h - 1) * w.stride_h +
                         (p.kernel_w - 1) * w.stride_w;
     pass.weight = {last_tap, w.stride_c, w.stride_k, -w.stride_h, -w.stride_w};
-    pass.to.low = gradient_y_;
-    pass.to.cut = pass.to.end = round_up(pass.shape.out_channels, kAlignedChannels);
+    pass.to.low = gradient_y_of(link);
+    pass.to.cut = pass.to.end = pass.shape.out_channels;
     pass.behind = {this->source(link.source), this->psi_of(link),
                    means_[static_cast<size_t>(link.norm)].data() + this->in_norm(link.source),
                    nullptr, false};
@@ -461,6 +469,7 @@ class D2Backward : D2Block<T> {
                   const Coefficients* coefficients, bool accumulate, double* row_sums) const {
     const int64_t n = i / p.height, y = i % p.height;
     const A* mean = means_[static_cast<size_t>(link.norm)].data() + this->in_norm(link.source);
+    const Slab<A> gradients = gradient_y_of(link);
     auto row = [&](auto* to, int64_t pitch) {
       using To = std::remove_reference_t<decltype(*to)>;
       constexpr int lanes = kLanes<A>;
@@ -476,7 +485,7 @@ class D2Backward : D2Block<T> {
             const Vec<A> centre = load_first<A>(mean + c, some);
             Vec<A> sum{};
             auto pixels = [&](auto whole) __attribute__((always_inline)) {
-              const A* dy = gradient_y_.at(n, y, 0) + c;
+              const A* dy = gradients.at(n, y, 0) + c;
               const T* from = x.at(n, y, 0) + in_part;
               To* out = to + c;
               for (int64_t w = 0; w < p.width; ++w) {
@@ -489,7 +498,7 @@ class D2Backward : D2Block<T> {
                   store<A>(out, v);
                 else
                   store_first<A>(out, v, some);
-                dy += gradient_y_.stride_w;
+                dy += gradients.stride_w;
                 from += x.stride_w;
                 out += pitch;
               }
