@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from d3net_kernels import ConvParams, D2Block, NormConv2d, norm_conv2d
+from d3net_kernels import ConvParams, D2Block, NormConv2d, multidilated_conv2d, norm_conv2d
 
 Dilation: TypeAlias = Literal["multi", "standard", "none"]
 Norm: TypeAlias = Literal["per_source", "per_layer"]
@@ -55,7 +55,7 @@ class SingleDilationD2Block(D2Block):
 
     "standard" gives layer l the largest one that its multidilated layer has, 2**(l - 1), which
     aliases (section 3); "none" gives 1 (section 6.1, Table 1). The parameters are those of the
-    multidilated block. In plain torch, where such a layer is a single convolution.
+    multidilated block. A layer is one fused convolution; psi is computed in plain torch.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class SingleDilationD2Block(D2Block):
                 normalised = [F.relu(norm(torch.cat(sources, 1)))]
             weight, bias = self._layer(layer)
             step = 1 << layer if self.dilation == "standard" else 1
-            y = torch.cat(normalised, 1)
-            sources.append(F.conv2d(y, weight, bias, padding=step, dilation=step))
+            dilations = [step] * len(normalised)
+            sources.append(multidilated_conv2d(normalised, weight, bias, dilations=dilations))
         return torch.cat(sources[-self.out_layers :], 1)
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor | None]:
@@ -193,6 +193,10 @@ class _D3Block(nn.Module):
         if not (self.checkpointing and self.training and torch.is_grad_enabled()):
             result: Tensor = block(x)
             return result
+
+        if torch.compiler.is_compiling():  # recomputes values, but no updates of statistics
+            compiled: Tensor = checkpoint(block, x, use_reentrant=False)
+            return compiled
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), _statistics_kept(block)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from d3net.files import path_of
 from d3net.official_names import official_parameters
 from d3net.pretrained import load_safetensors, read_metadata, save_safetensors
 from d3net.registry import create_model, list_models
@@ -31,7 +32,7 @@ def convert(source: str | Path, target: str | Path, name: str | None = None) -> 
         ValueError: an ending is not accepted, the network is not recognised, or the file does not
             fit it, with every missing, unexpected and misshapen name. Nothing is written then.
     """
-    endings = Path(source).suffix, Path(target).suffix
+    endings = path_of("source", source).suffix, path_of("target", target).suffix
     if endings == (".h5", ".safetensors"):
         name = name or recognise(source)
         model = create_model(name)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from d3net import hub
+from d3net.files import path_of, replacing
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -38,12 +39,19 @@ class Pretrained(nn.Module):
         self.config = config
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, which is made if it is missing."""
-        folder = Path(folder)
+        """Write config.json and model.safetensors into `folder`, which is made if it is missing.
+
+        Raises:
+            OSError: `folder` is a file, or cannot be written to; files that were there stay.
+        """
+        folder = path_of("folder", folder)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"folder is {folder}, which is a file; accepted is a folder")
         folder.mkdir(parents=True, exist_ok=True)
         config = {"architecture": type(self).__name__, **dataclasses.asdict(self.config)}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        save_safetensors(self.state_dict(), folder / WEIGHTS_FILE)
+        with replacing(folder / CONFIG_FILE) as part:
+            part.write_text(json.dumps(config, indent=2) + "\n")
+            save_safetensors(self.state_dict(), folder / WEIGHTS_FILE)
 
     @classmethod
     def from_pretrained(cls: type[P], source: str | Path, **download: Any) -> P:
@@ -59,8 +67,9 @@ class Pretrained(nn.Module):
             FileNotFoundError: the folder or one of its two files is missing, or the repository
                 cannot be fetched.
             ValueError: a file is damaged, or belongs to another kind of network.
+            TypeError: `source` is no path.
         """
-        folder = Path(source)
+        folder = path_of("source", source)
         if not folder.exists() and hub.is_repository(source):
             folder = hub.download(str(source), (CONFIG_FILE, WEIGHTS_FILE), **download)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -68,7 +77,7 @@ class Pretrained(nn.Module):
                 raise FileNotFoundError(
                     f"{folder / name} is missing; accepted is a folder that save_pretrained wrote"
                 )
-        model = cls(_read_config(cls, folder / CONFIG_FILE))
+        model = _build(cls, folder / CONFIG_FILE)
         load_safetensors(folder / WEIGHTS_FILE, model)
         return model.eval()
 
@@ -90,8 +99,13 @@ class Pretrained(nn.Module):
 def save_safetensors(
     state: dict[str, Tensor], path: str | Path, *, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a state_dict, with a few words about it if there are any."""
-    save_file({name: t.contiguous() for name, t in state.items()}, path, metadata)
+    """Write a state_dict, with a few words about it if there are any.
+
+    Raises:
+        OSError: the file cannot be written; what was there before stays.
+    """
+    with replacing(path_of("path", path)) as part:
+        save_file({name: t.contiguous() for name, t in state.items()}, part, metadata)
 
 
 def load_safetensors(path: str | Path, model: nn.Module) -> None:
@@ -101,7 +115,7 @@ def load_safetensors(path: str | Path, model: nn.Module) -> None:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or its names or shapes do not fit.
     """
-    if not Path(path).is_file():
+    if not path_of("path", path).is_file():
         raise FileNotFoundError(f"{path} is missing; accepted is a .safetensors file")
     try:
         state = load_file(path)
@@ -129,7 +143,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged.
     """
-    if not Path(path).is_file():
+    if not path_of("path", path).is_file():
         raise FileNotFoundError(f"{path} is missing; accepted is a .safetensors file")
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -138,20 +152,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _read_config(cls: type[Pretrained], path: Path) -> Any:
+def _build(cls: type[P], path: Path) -> P:
+    """The network of the config in the file `path`, freshly initialised."""
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     architecture = values.pop("architecture", None) if isinstance(values, dict) else None
     if architecture != cls.__name__:
+        found = f"a {architecture}" if isinstance(architecture, str) else "no network"
         raise ValueError(
-            f"{path} describes a {architecture}, not a {cls.__name__}; load it with the class that "
-            "saved it"
+            f"{path} describes {found}, not a {cls.__name__}; load it with the class that saved it"
         )
     try:
-        return _config_from(cls.Config, values)
-    except TypeError as error:
+        return cls(_config_from(cls.Config, values))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a {cls.__name__}: {error}") from error
 
 

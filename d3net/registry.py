@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
+from d3net.files import path_of
 from d3net.pretrained import Pretrained, load_safetensors
 from d3net.segmentation import (
     BackboneConfig,
@@ -140,11 +141,14 @@ def create_model(
     Raises:
         ValueError: there is no such network or preset, or a value is not accepted; or as
             :func:`load_nnabla_h5`.
-        TypeError: the network has no such option.
+        TypeError: the network has no such option, or a value is of the wrong type.
+        FileNotFoundError: there is no such file of weights.
     """
     entry = find(name)
     if preset not in ("official", "paper"):
         raise ValueError(f"preset is {preset!r}; accepted are 'official' and 'paper'")
+    if not isinstance(features_only, bool):
+        raise TypeError(f"features_only is {features_only!r}; accepted are True and False")
     changes = {**(entry.paper if preset == "paper" else {}), **overrides}
     config = override(name, entry.config, changes)
     model = entry.model(config)
@@ -160,9 +164,12 @@ def find(name: str) -> Entry:
 
     Raises:
         ValueError: there is none; the message lists the nearest names.
+        TypeError: `name` is no str.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}; accepted is a str, one of {', '.join(ENTRIES)}")
     if name not in ENTRIES:
-        near = difflib.get_close_matches(str(name), ENTRIES, n=3, cutoff=0.3)
+        near = difflib.get_close_matches(name.lower(), ENTRIES, n=3, cutoff=0.3)
         hint = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(ENTRIES)}"
         raise ValueError(f"there is no model {name!r}; {hint} (d3net.list_models() has all)")
     return ENTRIES[name]
@@ -197,8 +204,8 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
     Raises:
         ValueError: another ending, or a file that does not fit; the model stays as it was.
     """
-    ending = Path(path).suffix
-    if ending in (".h5", ".hdf5"):
+    ending = path_of("weights", path).suffix
+    if ending == ".h5":
         load_nnabla_h5(path, model)
     elif ending == ".safetensors":
         load_safetensors(path, model)

@@ -13,13 +13,11 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d3net import initialise
+from d3net import checks, initialise
 from d3net.blocks import ConcatD3Block, ConvNorm, Dilation, Norm, Transition, set_checkpointing
 from d3net.heads import FCNHead, OCRHead
 from d3net.pretrained import Pretrained
 from d3net_kernels.checks import positive_int, positive_ints
-
-SMALLEST = 29  # pixels a side, for one pixel at the coarsest scale: (29 + 3) // 4 // 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,11 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         for name in ("growth_rate", "num_blocks", "num_layers", "in_channels", "stem_channels"):
             positive_int(name, getattr(self, name))
-        positive_ints("feature_channels", self.feature_channels)
+        for name in ("always_bottleneck", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; accepted are True and False")
+        widths = tuple(positive_ints("feature_channels", self.feature_channels))
+        object.__setattr__(self, "feature_channels", widths)  # what comes back from a saved config
         made = self.growth_rate * self.num_layers
         c = self.compression
         if not isinstance(c, (int, float, type(None))):
@@ -74,9 +76,13 @@ class SegmentationConfig:
     head: Literal["fcn", "ocr"] = "fcn"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.backbone, BackboneConfig):
+            raise TypeError(f"backbone is {self.backbone!r}; accepted is a BackboneConfig")
         positive_int("num_classes", self.num_classes)
-        if self.head not in HEADS:
+        if self.head not in tuple(HEADS):
             raise ValueError(f"head is {self.head!r}; accepted are {', '.join(map(repr, HEADS))}")
+        if self.head == "ocr" and self.num_classes == 1:
+            raise ValueError("num_classes is 1; the OCR head chooses among at least two")
 
 
 HEADS: dict[str, type[FCNHead] | type[OCRHead]] = {"fcn": FCNHead, "ocr": OCRHead}
@@ -148,7 +154,7 @@ class D3NetBackbone(Pretrained):
 
         H_1 = ceil(H / 4), and H_s = H_{s-1} // 2; W likewise.
         """
-        check_images(images, self.config.in_channels, self.training)
+        checks.images(images, self.stem.conv1.weight, self.training)
         x = self.stem(images)
         features = []
         for scale, (stage, feature) in enumerate(zip(self.stages, self.features, strict=True)):
@@ -208,27 +214,3 @@ class SegmentationNet(Pretrained):
 
 def _resize(logits: Tensor, images: Tensor) -> Tensor:
     return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
-
-
-def check_images(images: Tensor, channels: int, training: bool) -> None:
-    """Raises before anything is computed or any running statistic changes."""
-    if images.dim() != 4 or images.shape[1] != channels:
-        raise ValueError(
-            f"images has shape {tuple(images.shape)}; accepted is (N, {channels}, H, W)"
-        )
-    if not images.is_floating_point():
-        raise TypeError(
-            f"images is of {images.dtype}; accepted are floating-point numbers, normalised as for "
-            "training"
-        )
-    n, _, height, width = images.shape
-    if height < SMALLEST or width < SMALLEST:
-        raise ValueError(
-            f"images is {height} x {width}; the coarsest scale, 1/32, needs H and W of at least "
-            f"{SMALLEST}: pad or enlarge the images"
-        )
-    if training and n == 1 and (height + 3) // 4 // 8 * ((width + 3) // 4 // 8) == 1:
-        raise ValueError(
-            f"images has shape {tuple(images.shape)}: one image with one pixel at scale 1/32 gives "
-            "no batch statistics; train on larger or several images, or call eval()"
-        )

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d3net import initialise
+from d3net import checks, initialise
 from d3net.blocks import Dilation, Norm, SumD3Block, Upsample, d2_core, set_checkpointing
 from d3net.pretrained import Pretrained
 from d3net_kernels import NormConv2d
 from d3net_kernels.checks import positive_int, positive_ints
 
 SEPARATION_SIZES = (
+    "split",
     "final_growth_rate",
     "final_layers",
     "gate_kernel",
@@ -46,7 +47,8 @@ class BandConfig:
         for name in ("init_channels", "num_blocks"):
             positive_int(name, getattr(self, name))
         for name in ("growth_rates", "num_layers"):
-            positive_ints(name, getattr(self, name))
+            values = tuple(positive_ints(name, getattr(self, name)))
+            object.__setattr__(self, name, values)  # what comes back from a saved config
         if len(self.growth_rates) != len(self.num_layers) or len(self.growth_rates) % 2 == 0:
             raise ValueError(
                 f"growth_rates has {len(self.growth_rates)} entries and num_layers "
@@ -83,17 +85,15 @@ class SeparationConfig:
     norm: Norm = "per_source"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target, str):
+            raise TypeError(f"target is {self.target!r}; accepted is a name")
         for name in ("low", "high", "full"):
             band = getattr(self, name)
             if not isinstance(band, BandConfig):
                 raise TypeError(f"{name} is {band!r}; accepted is a BandConfig")
         for name in SEPARATION_SIZES:
             positive_int(name, getattr(self, name))
-        for name, width, band in (
-            ("split", self.split, self.low),
-            ("modelled_bins - split", self.modelled_bins - self.split, self.high),
-            ("modelled_bins", self.modelled_bins, self.full),
-        ):
+        for name, (width, band) in self.branches.items():
             step = 1 << band.poolings
             if width < step or width % step:
                 raise ValueError(
@@ -108,9 +108,18 @@ class SeparationConfig:
             raise ValueError(f"gate_kernel is {self.gate_kernel}; accepted are odd numbers")
 
     @property
+    def branches(self) -> dict[str, tuple[int, BandConfig]]:
+        """How many bins each branch reads, by the words for that number, and its architecture."""
+        return {
+            "split": (self.split, self.low),
+            "modelled_bins - split": (self.modelled_bins - self.split, self.high),
+            "modelled_bins": (self.modelled_bins, self.full),
+        }
+
+    @property
     def frame_step(self) -> int:
         """The number of frames must be a multiple of this."""
-        return 1 << max(self.low.poolings, self.high.poolings, self.full.poolings)
+        return 1 << max(band.poolings for _, band in self.branches.values())
 
 
 class BandUNet(nn.Module):
@@ -237,19 +246,16 @@ class SeparationNet(Pretrained):
         Deviations below 1e-4 of the largest are raised to it.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape, a value that is not finite, or no deviation above zero.
+            TypeError: one is no tensor.
         """
-        for name, t in (("mean", mean), ("std", std)):
-            if t.shape != self.in_offset.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(t.shape)}; accepted is ({self.config.bins},)"
-                )
+        checks.input_statistics(mean, std, self.config.bins)
         self.in_offset.copy_(mean)
         self.in_scale.copy_(std.clamp(min=SCALE_FLOOR * float(std.max())))
 
     def forward(self, magnitudes: Tensor) -> Tensor:
         """(N, 2, T, 2049) -> (N, 2, T, 2049)."""
-        check_magnitudes(magnitudes, self.config)
+        checks.magnitudes(magnitudes, self.in_offset, self.config, self.training)
         split, top = self.config.split, self.config.modelled_bins
         x = ((magnitudes - self.in_offset) / self.in_scale)[..., :top]
         low = self.match_low(self.low(self.init_low(x[..., :split])))
@@ -262,22 +268,3 @@ class SeparationNet(Pretrained):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether D2 blocks are computed again in backward instead of keeping what they make."""
         set_checkpointing(self, enable)
-
-
-def check_magnitudes(magnitudes: Tensor, config: SeparationConfig) -> None:
-    """Raises before anything is computed or any running statistic changes."""
-    channels, bins, step = config.channels, config.bins, config.frame_step
-    if magnitudes.dim() != 4 or magnitudes.shape[1] != channels or magnitudes.shape[3] != bins:
-        raise ValueError(
-            f"magnitudes has shape {tuple(magnitudes.shape)}; accepted is "
-            f"(N, {channels}, T, {bins}): channels, frames, bins"
-        )
-    if not magnitudes.is_floating_point():
-        raise TypeError(f"magnitudes is of {magnitudes.dtype}; accepted are floating-point numbers")
-    frames = magnitudes.shape[2]
-    if frames < step or frames % step != 0:
-        raise ValueError(
-            f"magnitudes has {frames} frames; accepted are positive multiples of {step}: pad the "
-            f"frames with zeros and crop the result, for instance "
-            f"torch.nn.functional.pad(magnitudes, (0, 0, 0, -frames % {step}))"
-        )

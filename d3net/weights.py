@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from d3net.files import path_of, replacing
 from d3net.official_names import Official, official_parameters
 
 Array = npt.NDArray[np.float32]
@@ -62,7 +63,7 @@ def load_nnabla_h5(path: str | Path, model: nn.Module, *, strict: bool = True) -
         FileNotFoundError: there is no such file.
         ValueError: the file is no HDF5 or is damaged, or (strict) it does not fit the model; the
             message lists every name. The model stays as it was.
-        TypeError: the official release has no such network.
+        TypeError: the official release has no such network, or `path` is no path.
         ModuleNotFoundError: h5py is not installed.
     """
     wanted = official_parameters(model)
@@ -83,11 +84,13 @@ def save_nnabla_h5(path: str | Path, model: nn.Module) -> None:
     """Write the parameters and running statistics of `model` as the official release would.
 
     Raises:
-        TypeError: the official release has no such network.
+        TypeError: the official release has no such network, or `path` is no path.
+        OSError: the file cannot be written; what was there before stays.
+        ModuleNotFoundError: h5py is not installed.
     """
     h5py = _h5py()
     named = official_parameters(model)
-    with h5py.File(path, "w") as file:
+    with replacing(path_of("path", path)) as part, h5py.File(part, "w") as file:
         for index, (name, official) in enumerate(named.items()):
             array = official.tensor.detach().to("cpu", torch.float32).numpy()
             dataset = file.create_dataset(name, data=array.reshape(official.shape))
@@ -105,7 +108,8 @@ def read_h5(path: str | Path) -> dict[str, Array]:
         ValueError: it is no HDF5, is damaged, or holds something else than arrays of numbers.
     """
     h5py = _h5py()
-    if not Path(path).is_file():
+    path = path_of("path", path)
+    if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; accepted is an official .h5 file")
     arrays: dict[str, Array] = {}
 

@@ -15,6 +15,7 @@ from test_d3net_models import TINY, TINY_AUDIO
 from torch import nn
 
 import d3net
+from d3net import pretrained
 from d3net.blocks import SumD3Block, Upsample
 from d3net.cli import main
 from d3net.official_names import arrays_of, official_parameters, sum_d3_scopes
@@ -203,6 +204,12 @@ def test_pretrained_folder_that_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "colour": 5}))
     with pytest.raises(ValueError, match="colour"):
         d3net.SeparationNet.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "norm": "batch"}))
+    with pytest.raises(ValueError, match=r"config\.json does not .* norm is 'batch'; accepted"):
+        d3net.SeparationNet.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="describes no network, not a SeparationNet"):
+        d3net.SeparationNet.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         d3net.SeparationNet.from_pretrained(tmp_path)
@@ -215,6 +222,49 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         d3net.SeparationNet.from_pretrained(tmp_path)
+
+
+def test_saved_onto_something_else(tmp_path: Path) -> None:
+    """Onto a file, a folder, into no folder."""
+    net, file = _tiny("d3net_vocals"), tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(NotADirectoryError, match="file, which is a file; accepted is a folder"):
+        net.save_pretrained(file)
+    with pytest.raises(IsADirectoryError, match="is a folder; accepted is the name of a file"):
+        d3net.save_nnabla_h5(tmp_path, net)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*none to write a\.h5"):
+        d3net.save_nnabla_h5(tmp_path / "none" / "a.h5", net)
+    with pytest.raises(TypeError, match="folder is None; accepted is a path"):
+        net.save_pretrained(None)
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("writer", ["save_file", "create_dataset"])
+def test_interrupted_writing(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there before stays, and nothing half-written beside it."""
+    net = _tiny("d3net_vocals")
+
+    def save() -> None:
+        net.save_pretrained(tmp_path)
+        d3net.save_nnabla_h5(tmp_path / "a.h5", net)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError("no space left")
+
+    save()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["a.h5", "config.json", "model.safetensors"]
+    _randomised(net)
+    place = h5py.Group if writer == "create_dataset" else pretrained
+    monkeypatch.setattr(place, writer, fail)
+    with pytest.raises(OSError, match="no space left"):
+        save()
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    if writer == "save_file":
+        assert after == before
+    else:  # the folder was saved before
+        assert after["a.h5"] == before["a.h5"]
+        assert sorted(after) == sorted(before)
 
 
 @pytest.fixture(scope="module")
