@@ -22,27 +22,25 @@ class PackedWeights {
   PackedWeights(const std::vector<Pass>& passes, bool recur) : passes_(passes) {
     for (const Pass& pass : passes)
       offsets_.push_back(offsets_.back() + round_up(pass.packed_size(), 64));
-    if (!recur || !worth_keeping()) {
-      borrowed_.emplace(memory(), offsets_.back());
-      return;
+    if (recur && worth_keeping()) {
+      entry_ = PackedCache::of_process().find(key());
+      found_ = entry_ != nullptr;
+      if (!found_) entry_ = new_entry();
     }
-    const PackedCache::Key key = this->key();
-    entry_ = PackedCache::of_process().find(key);
-    if (entry_) return;
-    start_entry(key);
+    if (!entry_) borrowed_.emplace(memory(), offsets_.back());
   }
 
   /// All threads together; afterwards of() may be read.
   void prepare(Crew::Worker& worker) {
-    if (entry_ && !fresh_) {
+    if (found_) {
       each_chunk(worker, [&](const char* weights, int64_t at, int64_t bytes) {
         if (std::memcmp(weights, kept(at), static_cast<size_t>(bytes)) != 0)
           changed_.store(true, std::memory_order_relaxed);
       });
       worker.once([&] {
         if (!changed_.load(std::memory_order_relaxed)) return;
-        const PackedCache::Key key = entry_->key;
-        start_entry(key);
+        entry_ = new_entry();
+        if (!entry_) own_ = Pages(packed_bytes());
       });
       if (!changed_.load(std::memory_order_relaxed)) return;
     }
@@ -61,7 +59,9 @@ class PackedWeights {
   }
 
   A* of(size_t pass) const {
-    A* all = entry_ ? static_cast<A*>(entry_->packed.data()) : borrowed_->get();
+    A* all = entry_      ? static_cast<A*>(entry_->packed.data())
+             : borrowed_ ? borrowed_->get()
+                         : static_cast<A*>(own_.data());
     return all + offsets_[pass];
   }
 
@@ -73,11 +73,11 @@ class PackedWeights {
     return scratch;
   }
 
-  void start_entry(const PackedCache::Key& key) {
-    entry_ = PackedCache::of_process().make(key, static_cast<size_t>(weight_bytes()),
-                                            static_cast<size_t>(offsets_.back()) * sizeof(A));
-    fresh_ = true;
-    if (!entry_) borrowed_.emplace(memory(), offsets_.back());
+  size_t packed_bytes() const { return static_cast<size_t>(offsets_.back()) * sizeof(A); }
+  /// Memory to pack into, to be kept; null where there is no room.
+  std::shared_ptr<PackedCache::Entry> new_entry() const {
+    return PackedCache::of_process().make(key(), static_cast<size_t>(weight_bytes()),
+                                          packed_bytes());
   }
   char* kept(int64_t at) const { return static_cast<char*>(entry_->weights.data()) + at; }
 
@@ -134,10 +134,11 @@ class PackedWeights {
 
   const std::vector<Pass>& passes_;
   std::vector<int64_t> offsets_{0};
+  bool found_ = false;  // fixed before the threads start, since it decides on their phases
   std::shared_ptr<PackedCache::Entry> entry_;
-  bool fresh_ = false;  // the entry is yet to be filled
   std::atomic<bool> changed_{false};
   std::optional<Borrowed<A>> borrowed_;
+  Pages own_;
 };
 
 }  // namespace d3net::cpu::D3NET_ISA
