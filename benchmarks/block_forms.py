@@ -236,7 +236,7 @@ class Call:
             storage = t.untyped_storage()
             if storage.data_ptr() not in parameters:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return t
+            return t.detach()  # with its graph, an output would keep itself alive for ever
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = self.forward(form)  # alive until here: no address is used twice

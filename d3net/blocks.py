@@ -33,7 +33,10 @@ def joined(x: Parts) -> Tensor:
 
 
 class ConvNorm(nn.Module):
-    """A convolution with "same" padding, batch normalisation and a ReLU."""
+    """A convolution with "same" padding, batch normalisation and a ReLU.
+
+    `conv` holds the parameters; it is never called itself.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 1, *, bias: bool = False

@@ -96,6 +96,7 @@ def norm_conv2d(
     """
     batch_statistics = norm is not None and (norm.running_mean is None or norm.use_batch_statistics)
     parts, _ = checks.block_input(x, conv.weight, batch_statistics, None)
+    checks.norm_conv(conv.weight, [] if norm is None else [norm.weight, norm.bias])
     may = backends.forced_for(parts) in (None, "cpu")
     if norm is None:
         if may and block_node.serves_parts(parts):

@@ -27,6 +27,8 @@ def d2_block(
     `parts` are x_0, tensors whose channels follow each other. `group` are the processes that share
     their batch statistics, None for this one alone.
     """
+    if group is not None:  # one all-reduce per source
+        parts = [torch.cat(list(parts), 1)]
     growth = params.convs[-1].weight.shape[0]
     psi_of = _PsiPerSource if norm == "per_source" else _PsiPerLayer
     psi = psi_of(params.norms, group)

@@ -6,6 +6,7 @@ derivatives go through the block layer by layer, whose formulas hold to every or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 # The node's vectors run along channels. With fewer, block_layers is faster, whose vectors run along
 # the pixels of a row.
 FEWEST_CHANNELS = 8
+MOST_TAPS = 64  # kMostTaps of csrc/cpu/tile_plan.h
 _OF_SWITCH = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
 
 
@@ -49,6 +51,8 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
         return False
     layers = len(params.convs)
     growth, _, *kernel = params.convs[-1].weight.shape
+    if len(kernel) != 2 or any(side % 2 != 1 for side in kernel) or math.prod(kernel) > MOST_TAPS:
+        return False
     in_channels = sum(part.shape[1] for part in parts)
     if len(params.norms) != layers or growth * layers < FEWEST_CHANNELS:
         return False

@@ -148,10 +148,10 @@ def block_input(
         parts, channels = [only], only.shape[1]
     if channels != weight.shape[1]:
         raise ValueError(
-            f"x has {channels} channels, but this D2 block was made for {weight.shape[1]}"
+            f"x has {channels} channels, but the weights were made for {weight.shape[1]}"
         )
     first = parts[0]
-    _same_place("weight of source 0", weight, first, "x")
+    _same_place("weight", weight, first, "x")
     process_group(processes)
     group = _group_of_several(processes) if batch_statistics else None
     n, _, height, width = first.shape
@@ -161,6 +161,21 @@ def block_input(
             "channel (use eval() or larger maps)"
         )
     return parts, group
+
+
+def norm_conv(weight: Tensor, norm: Sequence[Tensor]) -> None:
+    """Check the kernel of a convolution, and the vectors of the normalisation before it."""
+    _, channels, height, width = weight.shape
+    if height % 2 != 1 or width % 2 != 1:
+        raise ValueError(
+            f"conv has a {height} x {width} kernel; accepted are odd heights and widths (the "
+            "padding is 'same')"
+        )
+    for t in norm:
+        if t.shape != (channels,):
+            raise ValueError(
+                f"norm has a vector of shape {tuple(t.shape)}; accepted is ({channels},)"
+            )
 
 
 def process_group(value: Processes) -> Processes:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, reference
 from .block import d2_block, norm_conv2d
 from .block_params import ConvParams, D2Params, Norm, NormParams, Processes
 from .functional import multidilated_conv2d
@@ -187,7 +187,8 @@ class NormConv2d(nn.Module):
         bias, eps, momentum: as in nn.Conv2d and nn.BatchNorm2d.
 
     `norm` and `conv` hold the parameters; they are never called themselves, so hooks on them do not
-    run. A norm in eval mode is frozen also while the rest trains.
+    run. Only where `norm` was replaced by another kind, nn.SyncBatchNorm say, both are, in plain
+    torch. A norm in eval mode is frozen also while the rest trains.
     """
 
     def __init__(
@@ -227,6 +228,9 @@ class NormConv2d(nn.Module):
         Raises:
             TypeError, ValueError: x is of the wrong kind or has other channels than C.
         """
+        if not isinstance(self.norm, nn.BatchNorm2d):
+            y = self.norm(reference.concatenated(x))
+            return self.conv(y.relu() if self.relu else y)
         conv = _conv_params(self.conv)
         # Before the norm counts the batch.
         checks.block_input(x, conv.weight, _takes_batch_statistics(self.norm), None)

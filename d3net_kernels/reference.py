@@ -68,7 +68,7 @@ def d2_block(
     faster memory layout no form of plain torch keeps less for backward.
     """
     growth = params.convs[-1].weight.shape[0]
-    sources, normalised = [_concatenated(x)], list[Tensor]()
+    sources, normalised = [concatenated(x)], list[Tensor]()
     for layer, batch_norm in enumerate(params.norms, start=1):
         if norm == "per_source":
             normalised.append(normalise(sources[-1], batch_norm).relu_())
@@ -91,14 +91,15 @@ def norm_conv2d(
     x: Tensor | Sequence[Tensor], conv: ConvParams, norm: NormParams | None, *, relu: bool = True
 ) -> Tensor:
     """Same arguments and result as :func:`d3net_kernels.norm_conv2d`."""
-    y = _concatenated(x)
+    y = concatenated(x)
     if norm is not None:
         y = normalise(y, norm)
         y = y.relu_() if relu else y
     return same_conv2d(y, conv.weight, conv.bias, (1, 1))
 
 
-def _concatenated(x: Tensor | Sequence[Tensor]) -> Tensor:
+def concatenated(x: Tensor | Sequence[Tensor]) -> Tensor:
+    """The tensor that a list holds the parts of."""
     if isinstance(x, Tensor):
         return x
     return torch.cat(list(x), 1) if len(x) > 1 else x[0]

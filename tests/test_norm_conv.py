@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -123,11 +124,39 @@ def test_autocast_and_compile() -> None:
     assert torch.equal(compiled(parts), expected)
 
 
-def test_other_norms_refused() -> None:
+class _Doubled(nn.Module):
+    """A normalisation that is no nn.BatchNorm2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_other_norms_are_called() -> None:
     module, parts = module_and_parts()
-    module.norm = nn.SyncBatchNorm(30)  # type: ignore[assignment]
-    with pytest.raises(TypeError, match=r"accepted is nn\.BatchNorm2d"):
-        module(parts)
+    module.norm = _Doubled()  # type: ignore[assignment]
+    expected = module.conv(2 * torch.cat(parts, 1).relu())
+    torch.testing.assert_close(module(parts), expected)
+
+
+def test_kernels_beyond_the_node() -> None:
+    """More taps than the node takes: plain torch serves."""
+    module, parts = module_and_parts(kernel=9)
+    with dk.use_backend("reference"):
+        expected = module.eval()(parts)
+    torch.testing.assert_close(module(parts), expected)
+
+
+@pytest.mark.parametrize(
+    ("weight", "norm", "words"),
+    [((12, 30, 2, 2), 30, "a 2 x 2 kernel"), ((12, 30, 1, 1), 29, r"shape \(29,\)")],
+)
+def test_bad_parameters(weight: tuple[int, ...], norm: int, words: str) -> None:
+    vectors = [torch.ones(norm) for _ in range(4)]
+    conv = dk.ConvParams(torch.randn(weight), None)
+    for backend in (None, "reference"):
+        chosen = dk.use_backend(backend) if backend else nullcontext()
+        with chosen, pytest.raises(ValueError, match=words):
+            dk.norm_conv2d(torch.randn(2, 30, 5, 6), conv, dk.NormParams(*vectors, False, 0, 1e-5))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +164,7 @@ def test_other_norms_refused() -> None:
     [
         ([], ValueError, "x is an empty list"),
         ([torch.zeros(2, 30, 3)], ValueError, r"x\[0\] has shape"),
-        ([torch.zeros(2, 29, 3, 4)], ValueError, "29 channels, but this"),
+        ([torch.zeros(2, 29, 3, 4)], ValueError, "29 channels, but the weights"),
         ([torch.zeros(2, 9, 3, 4), torch.zeros(1, 21, 3, 4)], ValueError, "share N, H and W"),
         ([torch.zeros(2, 9, 3, 4), torch.zeros(2, 21, 3, 4).int()], TypeError, "torch.int32"),
         (torch.zeros(1, 30, 1, 1), ValueError, "more than one value per channel"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,8 +106,6 @@ def test_the_dead_make_room() -> None:
 
 def test_two_threads_at_once() -> None:
     """Callers that share a block while a third changes another one."""
-    from concurrent.futures import ThreadPoolExecutor
-
     block, x = _block(), torch.randn(1, 24, 8, 12)
     expected = block(x)
     others = [_block() for _ in range(4)]
@@ -121,3 +120,17 @@ def test_two_threads_at_once() -> None:
 
     with ThreadPoolExecutor(5) as pool:
         assert all(pool.map(call, range(200)))
+
+
+def test_weights_that_change_under_several_threads() -> None:
+    """A call that finds its entry outdated takes the same steps in every thread."""
+    block, x = _block(), torch.randn(1, 24, 16, 24)
+    torch.set_num_threads(4)  # conftest.py sets it back
+    for _ in range(50):
+        for _ in range(2):
+            out = block(x)
+        block.convs[1].weight.data.mul_(-1.01)
+        changed = block(x)
+        assert not torch.equal(changed, out)
+        with dk.use_backend("reference"):
+            torch.testing.assert_close(changed, block(x), rtol=1e-3, atol=1e-3)

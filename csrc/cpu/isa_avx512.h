@@ -1,6 +1,7 @@
 // From here on functions are compiled for AVX512; they run only where dispatch.cpp found it.
 //
-// Standard headers come first: what they define must not be compiled for this instruction set.
+// The standard headers and what all instruction sets share come first: what they define, templates
+// included, must not be compiled for this one, since the linker keeps one copy for all.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +16,8 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
+#include <string>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -25,6 +28,9 @@
 #endif
 
 #include <immintrin.h>
+
+#include "kernels.h"
+#include "packed_cache.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \

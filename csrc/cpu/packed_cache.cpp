@@ -32,7 +32,7 @@ std::shared_ptr<PackedCache::Entry> PackedCache::make(const Key& key, size_t wei
   entry->key = key;
   entry->weights = Pages(weight_bytes);
   entry->packed = Pages(packed_bytes);
-  entry->bytes = bytes;
+  entry->bytes = entry->weights.size() + entry->packed.size();
   entry->used = clock_;
   return entry;
 }
@@ -40,7 +40,12 @@ std::shared_ptr<PackedCache::Entry> PackedCache::make(const Key& key, size_t wei
 void PackedCache::keep(const std::shared_ptr<Entry>& entry) {
   const std::lock_guard lock(mutex_);
   std::erase_if(entries_, [&](const auto& other) { return other->key == entry->key; });
-  entries_.push_back(entry);
+  if (held() + entry->bytes <= kMostBytes) entries_.push_back(entry);
+}
+
+void PackedCache::forget(const std::shared_ptr<Entry>& entry) {
+  const std::lock_guard lock(mutex_);
+  std::erase(entries_, entry);
 }
 
 size_t PackedCache::bytes() {

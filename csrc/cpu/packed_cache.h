@@ -34,8 +34,10 @@ class PackedCache {
   std::shared_ptr<Entry> find(const Key& key);
   /// Memory for a new entry, or null where there is no room.
   std::shared_ptr<Entry> make(const Key& key, size_t weight_bytes, size_t packed_bytes);
-  /// Hands over an entry that make() gave, filled; it replaces an older one of its key.
+  /// Hands over an entry that make() gave, filled, if there is still room; it replaces an older one
+  /// of its key.
   void keep(const std::shared_ptr<Entry>& entry);
+  void forget(const std::shared_ptr<Entry>& entry);
   size_t bytes();
 
  private:

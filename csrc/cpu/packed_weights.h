@@ -22,27 +22,30 @@ class PackedWeights {
   PackedWeights(const std::vector<Pass>& passes, bool recur) : passes_(passes) {
     for (const Pass& pass : passes)
       offsets_.push_back(offsets_.back() + round_up(pass.packed_size(), 64));
-    if (recur && worth_keeping()) {
-      entry_ = PackedCache::of_process().find(key());
-      found_ = entry_ != nullptr;
-      if (!found_) entry_ = new_entry();
-    }
-    if (!entry_) borrowed_.emplace(memory(), offsets_.back());
+    borrowed_.emplace(memory(), offsets_.back());
+    if (!recur || !worth_keeping()) return;
+    PackedCache& cache = PackedCache::of_process();
+    entry_ = cache.find(key());
+    found_ = entry_ != nullptr;
+    if (!found_)
+      entry_ = cache.make(key(), static_cast<size_t>(weight_bytes()),
+                          static_cast<size_t>(offsets_.back()) * sizeof(A));
   }
 
-  /// All threads together; afterwards of() may be read.
+  /// All threads together; afterwards of() may be read. What decides on the phases is the same for
+  /// all of them, whoever comes first.
   void prepare(Crew::Worker& worker) {
     if (found_) {
+      compare(worker);
+      if (!differ_.load(std::memory_order_relaxed)) return;
+      worker.once([&] {  // the next call makes a new entry
+        PackedCache::of_process().forget(entry_);
+        entry_ = nullptr;
+      });
+    } else if (entry_) {
       each_chunk(worker, [&](const char* weights, int64_t at, int64_t bytes) {
-        if (std::memcmp(weights, kept(at), static_cast<size_t>(bytes)) != 0)
-          changed_.store(true, std::memory_order_relaxed);
+        std::memcpy(kept(at), weights, static_cast<size_t>(bytes));
       });
-      worker.once([&] {
-        if (!changed_.load(std::memory_order_relaxed)) return;
-        entry_ = new_entry();
-        if (!entry_) own_ = Pages(packed_bytes());
-      });
-      if (!changed_.load(std::memory_order_relaxed)) return;
     }
     int64_t items = 0;
     for (const Pass& pass : passes_) items += pass.pack_items();
@@ -51,17 +54,15 @@ class PackedWeights {
       while (item >= passes_[i].pack_items()) item -= passes_[i++].pack_items();
       passes_[i].pack(item, of(i));
     });
-    if (!entry_) return;
-    each_chunk(worker, [&](const char* weights, int64_t at, int64_t bytes) {
-      std::memcpy(kept(at), weights, static_cast<size_t>(bytes));
+    if (found_ || !entry_) return;
+    compare(worker);  // somebody may have written to the weights meanwhile
+    worker.once([&] {
+      if (!differ_.load(std::memory_order_relaxed)) PackedCache::of_process().keep(entry_);
     });
-    worker.once([&] { PackedCache::of_process().keep(entry_); });
   }
 
   A* of(size_t pass) const {
-    A* all = entry_      ? static_cast<A*>(entry_->packed.data())
-             : borrowed_ ? borrowed_->get()
-                         : static_cast<A*>(own_.data());
+    A* all = entry_ ? static_cast<A*>(entry_->packed.data()) : borrowed_->get();
     return all + offsets_[pass];
   }
 
@@ -73,12 +74,6 @@ class PackedWeights {
     return scratch;
   }
 
-  size_t packed_bytes() const { return static_cast<size_t>(offsets_.back()) * sizeof(A); }
-  /// Memory to pack into, to be kept; null where there is no room.
-  std::shared_ptr<PackedCache::Entry> new_entry() const {
-    return PackedCache::of_process().make(key(), static_cast<size_t>(weight_bytes()),
-                                          packed_bytes());
-  }
   char* kept(int64_t at) const { return static_cast<char*>(entry_->weights.data()) + at; }
 
   /// Weights lie densely, and packing them is a good part of the work.
@@ -108,7 +103,9 @@ class PackedWeights {
   }
 
   PackedCache::Key key() const {
-    PackedCache::Key key{D3NET_VECTOR_BYTES, sizeof(typename Pass::Element), sizeof(A)};
+    constexpr bool is_bfloat16 = std::is_same_v<typename Pass::Element, bfloat16>;
+    PackedCache::Key key{D3NET_VECTOR_BYTES, sizeof(typename Pass::Element), is_bfloat16,
+                         sizeof(A)};
     for (const Pass& pass : passes_)
       for (const int64_t part :
            {reinterpret_cast<int64_t>(pass.weight.data), pass.shape.in_channels,
@@ -116,6 +113,13 @@ class PackedWeights {
             static_cast<int64_t>(pass.plan.algorithm), pass.to.begin % kLanes<A>})
         key.push_back(part);
     return key;
+  }
+
+  void compare(Crew::Worker& worker) {
+    each_chunk(worker, [&](const char* weights, int64_t at, int64_t bytes) {
+      if (std::memcmp(weights, kept(at), static_cast<size_t>(bytes)) != 0)
+        differ_.store(true, std::memory_order_relaxed);
+    });
   }
 
   /// item(weights, where they lie among all, bytes), over all passes.
@@ -136,9 +140,8 @@ class PackedWeights {
   std::vector<int64_t> offsets_{0};
   bool found_ = false;  // fixed before the threads start, since it decides on their phases
   std::shared_ptr<PackedCache::Entry> entry_;
-  std::atomic<bool> changed_{false};
+  std::atomic<bool> differ_{false};
   std::optional<Borrowed<A>> borrowed_;
-  Pages own_;
 };
 
 }  // namespace d3net::cpu::D3NET_ISA

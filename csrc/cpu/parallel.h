@@ -159,6 +159,7 @@ class Pages {
 #endif
   }
   void* data() const { return data_; }
+  size_t size() const { return size_; }
 
  private:
   void swap(Pages& other) {

@@ -4,8 +4,8 @@
 //   outer      U[channel][k]    += sum over tiles    of V[tile][channel] * D[tile][k]
 //
 // V holds channels in groups of one vector, [group][tile][lane], each part of the input from a new
-// group on; results and D hold output channels
-// likewise; U is [channel][k]. All of one position of the transformed tiles.
+// group on; results and D hold output channels likewise; U is [channel][k]. All of one position of
+// the transformed tiles.
 #pragma once
 
 #include <array>

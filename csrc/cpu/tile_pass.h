@@ -126,6 +126,7 @@ class TilePass {
   int64_t vectors() const { return ceil_div(to.end, kN) - first_vector(); }
   /// One vector more than needed, so that positions do not fall on one cache set.
   int64_t u_position(int64_t chunk) const { return shape.in_channels * chunk * kN + kN; }
+
   // ---- weights ---------------------------------------------------------------------------------
 
   /// U lies chunk by chunk, [position][channel][chunk * lanes] each.
@@ -270,8 +271,6 @@ class TilePass {
       first += chunk;
     }
   }
-
-  static constexpr int kMostPositions = 64;
 
   // ---- outputs ---------------------------------------------------------------------------------
 
@@ -470,7 +469,7 @@ class TilePass {
           scale(broadcast(A{1})),
           shift{},
           mean(load_first<A>(pass.behind.mean + channel, lanes)),
-          floor(broadcast(pass.behind.psi.floor())) {
+          floor(broadcast(pass.behind.psi.relu ? A{0} : std::numeric_limits<A>::quiet_NaN())) {
       if (pass.behind.psi.scale) {
         scale = load_first<A>(pass.behind.psi.scale + channel, lanes);
         shift = load_first<A>(pass.behind.psi.shift + channel, lanes);
