@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -228,9 +229,11 @@ class NormConv2d(nn.Module):
         Raises:
             TypeError, ValueError: x is of the wrong kind or has other channels than C.
         """
-        if not isinstance(self.norm, nn.BatchNorm2d):
-            y = self.norm(reference.concatenated(x))
-            return self.conv(y.relu() if self.relu else y)
+        norm = cast(nn.Module, self.norm)
+        if not isinstance(norm, nn.BatchNorm2d):
+            y = norm(reference.concatenated(x))
+            out: Tensor = self.conv(y.relu() if self.relu else y)
+            return out
         conv = _conv_params(self.conv)
         # Before the norm counts the batch.
         checks.block_input(x, conv.weight, _takes_batch_statistics(self.norm), None)
