@@ -17,19 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from d3net_kernels import ConvParams, D2Block, NormConv2d, multidilated_conv2d, norm_conv2d
+from d3net_kernels.reference import concatenated
 
 Dilation: TypeAlias = Literal["multi", "standard", "none"]
 Norm: TypeAlias = Literal["per_source", "per_layer"]
 # (N, C, H, W), or a list of tensors whose concatenation it is, and which is not made.
 Parts: TypeAlias = Tensor | Sequence[Tensor]
 DILATIONS: tuple[Dilation, ...] = ("multi", "standard", "none")
-
-
-def joined(x: Parts) -> Tensor:
-    """The tensor that the parts are of."""
-    if isinstance(x, Tensor):
-        return x
-    return torch.cat(list(x), 1) if len(x) > 1 else x[0]
 
 
 class ConvNorm(nn.Module):
@@ -79,7 +73,7 @@ class SingleDilationD2Block(D2Block):
 
     def forward(self, x: Parts) -> Tensor:
         """x_0 (N, C_0, H, W) to the last layers' raw outputs, (N, k * out_layers, H, W)."""
-        sources, normalised = [joined(x)], []
+        sources, normalised = [concatenated(x)], []
         for layer, norm in enumerate(self.norms):
             if self.norm == "per_source":
                 normalised.append(F.relu(norm(sources[-1])))

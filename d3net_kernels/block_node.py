@@ -219,7 +219,8 @@ class _Node(_SingleLevelFunction):
         grad_x, *others = _backward(
             grad_out, (out, features, mean, var), arguments, ctx.options, wanted
         )
-        to_parts = [None] * num_parts if not wanted[0] else grad_x.split(_channels(arguments), 1)
+        widths = [part.shape[1] for part in arguments.parts]
+        to_parts = grad_x.split(widths, 1) if wanted[0] else [None] * num_parts
         found = [g if w else None for g, w in zip((*to_parts, *others), needs, strict=False)]
         return (None, *found, *[None] * (2 * layers))
 
@@ -272,10 +273,6 @@ class _BackwardNode(_SingleLevelFunction):
                 )
             )
         return (None, None, None, *(next(second) if n else None for n in ctx.needs_input_grad[3:]))
-
-
-def _channels(arguments: _Arguments) -> list[int]:
-    return [part.shape[1] for part in arguments.parts]
 
 
 # As those of autograd.py, to the type checker: the class has no `apply` it knows of.

@@ -22,9 +22,9 @@ from d3net.blocks import (
     SumD3Block,
     Transition,
     Upsample,
-    joined,
 )
 from d3net.separation import BandConfig, BandUNet
+from d3net_kernels.reference import concatenated
 
 pytestmark = pytest.mark.filterwarnings("ignore:d3net_kernels runs on plain torch")
 
@@ -179,7 +179,10 @@ def test_small(file: str, mode: str) -> None:
             expected = golden[f"stat_after_train/{name}"]
             assert _error(official.tensor, expected) <= tolerance.value, name
     if "mid/dense" in golden and mode == "eval":
-        assert _error(joined(model.d3(x.detach())).detach(), golden["mid/dense"]) <= tolerance.value
+        assert (
+            _error(concatenated(model.d3(x.detach())).detach(), golden["mid/dense"])
+            <= tolerance.value
+        )
 
 
 class Watch:
@@ -227,7 +230,7 @@ def test_d3net_s(mode: str) -> None:
     x = golden["in/x"].requires_grad_()
     logits = net(x)
     assert logits.shape == (2, 19, 64, 128)
-    low = joined(watch.outputs["low"])
+    low = concatenated(watch.outputs["low"])
     if mode == "train":
         kept = golden.thinned("out/train_logits", logits.detach())
         assert _error(kept, golden["out/train_logits"]) <= 5e-4
@@ -236,7 +239,7 @@ def test_d3net_s(mode: str) -> None:
         _check_gradients(golden, mode, "grad_train", x, named)
         return
     coarsest = golden["mid/d3block/backbone/final_out4/0"]
-    assert _error(joined(watch.outputs["coarsest"]).detach(), coarsest) <= 1e-4
+    assert _error(concatenated(watch.outputs["coarsest"]).detach(), coarsest) <= 1e-4
     assert _error(low.detach(), golden["mid/logits_lowres"]) <= 1e-4
     kept = golden.thinned("out/eval_softmax", logits.detach().softmax(1))
     assert _error(kept, golden["out/eval_softmax"]) <= 1e-3
@@ -268,7 +271,7 @@ def test_vocals(target: str, mode: str) -> None:
             ("mid/vocals/dense_full/scale_out4", "full"),
             ("mid/final_d2", "final"),
         ):
-            kept = golden.thinned(key, joined(watch.outputs[name]).detach())
+            kept = golden.thinned(key, concatenated(watch.outputs[name]).detach())
             assert _error(kept, golden[key]) <= tolerance, name
     (out * golden.loss_weights(out)).sum().backward()
     _check_gradients(golden, mode, f"grad_{mode}", x, named)

@@ -258,9 +258,9 @@ class D2Forward : D2Block<T> {
     for (int64_t c = 0; c < p.growth; ++c) {
       Moments total = moments[static_cast<size_t>(c)];
       double count = counts[0];
-      for (size_t task = 1; task < counts.size(); count += counts[task++])
-        total.merge(count, moments[task * static_cast<size_t>(p.growth) + static_cast<size_t>(c)],
-                    counts[task]);
+      for (size_t run = 1; run < counts.size(); count += counts[run++])
+        total.merge(count, moments[run * static_cast<size_t>(p.growth) + static_cast<size_t>(c)],
+                    counts[run]);
       this->mean_[p.first_channel(layer) + c] = static_cast<A>(total.mean);
       this->variance_[p.first_channel(layer) + c] = static_cast<A>(total.squares / count);
     }
@@ -390,10 +390,7 @@ class D2Backward : D2Block<T> {
     std::swap(pass.shape.in_channels, pass.shape.out_channels);
     pass.plan = this->plan_of(pass.shape);
     pass.input.parts.add(read(gradient_of(link.first_layer)), pass.shape.in_channels);
-    const Weight w = this->weight_of(link);  // taps are reversed, channels and outputs swapped
-    const T* last_tap = static_cast<const T*>(w.data) + (p.kernel_h - 1) * w.stride_h +
-                        (p.kernel_w - 1) * w.stride_w;
-    pass.weight = {last_tap, w.stride_c, w.stride_k, -w.stride_h, -w.stride_w};
+    pass.weight = transposed<T>(this->weight_of(link), p.kernel_h, p.kernel_w);
     pass.to.low = gradient_y_of(link);
     pass.to.cut = pass.to.end = pass.shape.out_channels;
     pass.behind = {this->source(link.source), this->psi_of(link),

@@ -40,13 +40,6 @@ Weight weight_from_channel(const Weight& w, int64_t channel) {
   return part;
 }
 
-/// The same taps seen from the input: outputs and channels swapped, both axes reversed.
-template <class T>
-Weight transposed(const Weight& w, int64_t kernel_h, int64_t kernel_w) {
-  return {static_cast<const T*>(w.data) + (kernel_h - 1) * w.stride_h + (kernel_w - 1) * w.stride_w,
-          w.stride_c, w.stride_k, -w.stride_h, -w.stride_w};
-}
-
 template <class T>
 void forward(const Problem& p, const void* bias, const View& out) {
   std::vector<Operand<T>> operands;

@@ -41,6 +41,13 @@ D3NET_INLINE Vec<A> activate(Vec<A> x, Vec<A> scale, Vec<A> shift, Vec<A> floor)
   return y < floor ? floor : y;
 }
 
+/// The same taps seen from the input: outputs and channels swapped, both axes reversed.
+template <class T>
+inline Weight transposed(const Weight& w, int64_t kernel_h, int64_t kernel_w) {
+  return {static_cast<const T*>(w.data) + (kernel_h - 1) * w.stride_h + (kernel_w - 1) * w.stride_w,
+          w.stride_c, w.stride_k, -w.stride_h, -w.stride_w};
+}
+
 /// The part of a map that one task writes.
 struct Tile {
   int64_t image, row, rows, col, cols;  // rows and cols inside the map

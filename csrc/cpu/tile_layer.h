@@ -55,10 +55,7 @@ class TileLayer {
       std::swap(pass.shape.in_channels, pass.shape.out_channels);
       pass.plan = plan_of(pass.shape);
       pass.input.parts.add(slab<const float>(gradient), p.out_channels);
-      const Weight w = weight_of(g);  // taps are reversed, channels and outputs swapped
-      pass.weight = {static_cast<const float*>(w.data) + (p.kernel_h - 1) * w.stride_h +
-                         (p.kernel_w - 1) * w.stride_w,
-                     w.stride_c, w.stride_k, -w.stride_h, -w.stride_w};
+      pass.weight = transposed<float>(weight_of(g), p.kernel_h, p.kernel_w);
       pass.to = destination(grad_inputs[i], g.channels);
       if (p.psi.scale || p.psi.relu) {
         std::vector<double>& of_source = sums[static_cast<size_t>(i)];

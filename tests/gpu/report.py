@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.shapes import Shape, load_shapes
 from d3net_kernels import numerics
@@ -33,6 +32,7 @@ from .cuda_program import Executed, Program
 from .static import (
     ARCHS,
     LATER_ARCHS,
+    Recorded,
     Static,
     blocks_an_sm,
     spilling,
@@ -116,35 +116,18 @@ class Launched:
     compiled: Mapping[str, Resources] = field(default_factory=dict)
 
 
-class _Recording(Executed):
-    """Keeps how kernels are launched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches: dict[str, tuple[int, int]] = {}
-
-    def __call__(
-        self,
-        kernel: str,
-        blocks: int,
-        threads: int,
-        shared: int,
-        arguments: bytes,
-        buffers: Mapping[str, Tensor],
-    ) -> None:
-        self.launches[kernel] = threads, shared
-        super().__call__(kernel, blocks, threads, shared, arguments, buffers)
-
-
 def cuda_family(case: Case) -> list[Launched]:
     """The convolution kernel that csrc/cuda launches for a case."""
-    launch = _Recording()
-    Program(launch).results(case.problem(), moments=case.operation == "forward")
+    executed = Executed()
+    recorded = Recorded(executed)
+    Program(recorded).results(case.problem(), moments=case.operation == "forward")
     part = case.operation.removeprefix("backward_")
     (kernel,) = (
-        name for name in launch.counters if name.startswith(("tensor_", "direct_")) and part in name
+        name
+        for name in executed.counters
+        if name.startswith(("tensor_", "direct_")) and part in name
     )
-    return [Launched(kernel, *launch.launches[kernel], launch.counters[kernel])]
+    return [Launched(kernel, *recorded.launches[kernel], executed.counters[kernel])]
 
 
 Family = Callable[[Case], list[Launched]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -50,11 +50,12 @@ def static_figures(
     return found
 
 
-class _Recorded:
-    """Keeps threads and dynamic shared memory of launches instead of running them."""
+class Recorded:
+    """Keeps threads and dynamic shared memory of launches, and passes them on to `run`, if any."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Callable[..., None] | None = None) -> None:
         self.launches: dict[str, tuple[int, int]] = {}
+        self._run = run
 
     def __call__(
         self,
@@ -66,11 +67,13 @@ class _Recorded:
         buffers: Mapping[str, Tensor],
     ) -> None:
         self.launches[kernel] = threads, shared
+        if self._run is not None:
+            self._run(kernel, blocks, threads, shared, arguments, buffers)
 
 
 def launch_sizes() -> dict[str, tuple[int, int]]:
     """Threads and bytes of dynamic shared memory of a block, of every kernel."""
-    recorded = _Recorded()
+    recorded = Recorded()
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for width in (8, 7):  # on tensor cores, and not
             for outputs in (8, 16, 24, 32, 40):
