@@ -178,19 +178,39 @@ class WeightBlock {
 
   template <int kTiles, int kTaps>
   __device__ void multiply(uint32_t pixels, uint32_t gradient) {
-    const int columns = p_.width - column_, d = job_.dilation * 16;
+    const int columns = min(p_.width - column_, kColumns);
+    const auto nothing = [](uint32_t (&)[4]) {};
 #pragma unroll
-    for (int step = 0; step < kColumns / 16; ++step) {
-      if (step * 16 >= columns) break;
-      uint32_t b[kTiles + 1][2];
-      load_gradient<kTiles>(b, gradient + step * 32);
+    for (int step = 0; step < kColumns / 16; ++step)
+      if (step * 16 + 16 <= columns)
+        multiply_16<kTiles, kTaps>(pixels + step * 256, gradient + step * 32, nothing);
+    if (columns % 16 == 0) return;
+    // Right of the map the gradient is zero, which would make NaN of an infinity of psi(x).
+    const int step = columns / 16, first = columns % 16 - threadIdx.x % 4 * 2;
+    const uint32_t low = live_pixels(first), high = live_pixels(first - 8);
+    multiply_16<kTiles, kTaps>(pixels + step * 256, gradient + step * 32, [&](uint32_t (&a)[4]) {
+      a[0] &= low, a[1] &= low, a[2] &= high, a[3] &= high;
+    });
+  }
+
+  /// A mask of two neighbouring pixels of which the first `count` are on the map.
+  __device__ static uint32_t live_pixels(int count) {
+    return count >= 2 ? ~0u : count == 1 ? 0xffffu : 0u;
+  }
+
+  /// 16 pixels of a row; `mask` takes the fragments of psi(x).
+  template <int kTiles, int kTaps, class Mask>
+  __device__ void multiply_16(uint32_t pixels, uint32_t gradient, Mask&& mask) {
+    uint32_t b[kTiles + 1][2];
+    load_gradient<kTiles>(b, gradient);
+    const int d = job_.dilation * 16;
 #pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        uint32_t a[4];
-        ptx::load_matrices_transposed(a, pixels + step * 256 + (kTaps == 1 ? 0 : (tap - 1) * d));
+    for (int tap = 0; tap < kTaps; ++tap) {
+      uint32_t a[4];
+      ptx::load_matrices_transposed(a, pixels + (kTaps == 1 ? 0 : (tap - 1) * d));
+      mask(a);
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) ptx::mma_k16<T>(sums_[tap][j], a, b[j]);
-      }
+      for (int j = 0; j < kTiles; ++j) ptx::mma_k16<T>(sums_[tap][j], a, b[j]);
     }
   }
 

@@ -102,24 +102,13 @@ def blocks_an_sm(figures: Resources, threads: int, dynamic_shared: int, arch: st
     )
 
 
-KNOWN_SPILLS = {("tensor_weight", "sm_90"): 8}
-"""Bytes by kind of kernel and architecture: two registers at two blocks an SM, not mended yet."""
-
-
-def _is_known(kernel: str, arch: str, figures: Resources) -> bool:
-    limit = next(
-        (size for (k, a), size in KNOWN_SPILLS.items() if kernel.startswith(k) and a == arch), 0
-    )
-    return max(figures.spill_stores, figures.spill_loads, figures.stack) <= limit
-
-
 def spilling(static: Static) -> list[str]:
-    """Kernels that keep anything in local memory beyond KNOWN_SPILLS: none may."""
+    """Kernels that keep anything in local memory: none may."""
     return [
         f"{kernel} {arch}: {f.spill_stores + f.spill_loads} bytes spilled, stack {f.stack}"
         for kernel, by_arch in static.items()
         for arch, f in by_arch.items()
-        if not _is_known(kernel, arch, f)
+        if f.spill_stores or f.spill_loads or f.stack
     ]
 
 

@@ -112,6 +112,47 @@ def test_not_finite(value: float, dtype: torch.dtype, generator: torch.Generator
     grid.assert_right(problem, Program(Executed()).results(problem))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dilations", [(1, 2), (8, 16), (20, 32)])
+@pytest.mark.parametrize("width", [72, 100])
+def test_not_finite_at_the_border(
+    value: float, dilations: tuple[int, int], width: int, generator: torch.Generator
+) -> None:
+    """What lies beside the padding of a tile reaches no tap of the weights that misses it there."""
+    case = grid.Case(
+        "",
+        channels=(4, 3),
+        size=(1, 9, width),
+        dilations=dilations,
+        dtype=_HALF,
+        psi="float32",
+        relu=False,
+        needs=("weight", "bias"),
+    )
+    problem = case.problem(generator)
+    problem.inputs[0][0, 0, 3, -1] = value
+    problem.inputs[0][0, 2, 4, 0] = value
+    problem.inputs[1][0, 1, 8, -6] = value
+    launch = Executed()
+    grid.assert_right(problem, Program(launch).results(problem))
+    assert "tensor_weight_bfloat16" in launch.counters
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite_gradient(value: float, generator: torch.Generator) -> None:
+    """It reaches the inputs that see it, and all sums of its output."""
+    needs = ("inputs", "bias", "scale", "shift")
+    case = grid.Case(
+        "", channels=(4, 3), size=(1, 9, 72), dtype=_HALF, psi="float32", relu=False, needs=needs
+    )
+    problem = case.problem(generator)
+    problem.grad_output[0, 1, 3, -1] = value
+    problem.grad_output[0, 2, 0, 5] = value
+    launch = Executed()
+    grid.assert_right(problem, Program(launch).results(problem))
+    assert "tensor_backward_data_1x8_bfloat16" in launch.counters
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_in_any_order(dtype: torch.dtype, generator: torch.Generator) -> None:
     """Nothing hangs on which warp, lane, block or copy comes first: no race, no float atomic."""
