@@ -16,14 +16,16 @@ from .backends import cuda
 from .functional import multidilated_conv2d
 
 _ON_GPU = ("cuda", "triton")
-# Sources' channels, growth rate, (N, H, W): odd sizes, one source, dilations beyond the map.
+# Sources' channels, growth rate, (N, H, W), size of the kernel: odd sizes, one source, dilations
+# beyond the map, a kernel that is not 3x3.
 VERIFIED = (
-    ([5], 7, (2, 9, 11)),
-    ([16, 12, 12], 12, (1, 17, 24)),
-    ([7, 3, 3, 3, 3, 3], 3, (2, 6, 35)),
+    ([5], 7, (2, 9, 11), 3),
+    ([16, 12, 12], 12, (1, 17, 24), 3),
+    ([7, 3, 3, 3, 3, 3], 3, (2, 6, 35), 3),
+    ([9, 5], 6, (2, 7, 13), 5),
 )
 # For every tile of the tensor-core kernels a layer whose gradients take the same one.
-VERIFIED_ON_GPU = tuple(([c, c], c, (2, 18, 72)) for c in (8, 16, 24, 32, 40))
+VERIFIED_ON_GPU = tuple(([c, c], c, (2, 18, 72), 3) for c in (8, 16, 24, 32, 40))
 
 
 def info() -> int:
@@ -97,10 +99,18 @@ def _worst_ratio(
     channels: list[int],
     out_channels: int,
     size: tuple[int, int, int],
+    kernel: int,
     relu: bool,
 ) -> float:
     problem = numerics.random_problem(
-        channels, out_channels, size, generator=generator, dtype=dtype, psi_dtype=dtype, relu=relu
+        channels,
+        out_channels,
+        size,
+        generator=generator,
+        kernel=(kernel, kernel),
+        dtype=dtype,
+        psi_dtype=dtype,
+        relu=relu,
     )
     if backend in _ON_GPU:
         problem = problem.map(Tensor.cuda)

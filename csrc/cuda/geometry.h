@@ -98,9 +98,14 @@ constexpr int tensor_shared_bytes(int tiles, int rows) {
   return pipeline > epilogue ? pipeline : epilogue;
 }
 
+/// How four neighbouring pixels of a map are loaded. rows: as 8 aligned bytes of a channel. pixels:
+/// one by one, each as 8 aligned bytes of 4 channels. any: element by element.
+enum class Access : int32_t { rows, pixels, any };
+
 /// One step of the pipeline.
 struct Stage {
   int32_t kind;
+  Access access;
   int32_t channels;       // up to kChunk
   int32_t row, column;    // where it starts to load, relative to the tile without halo
   int32_t rows, columns;  // what it loads
@@ -108,7 +113,7 @@ struct Stage {
   int32_t weights;   // its taps, in slots
   int32_t chunk;     // for psi's coefficients
   const void* data;  // the first channel
-  int64_t stride_n, stride_c, stride_h;
+  int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
 /// 16 channels of one source for one block of outputs, as the packing kernel sees them.
@@ -148,6 +153,7 @@ struct TensorConvolve {
   int32_t tiles_h, tiles_w;  // of the map
   int32_t height, width;
   bool relu;         // backward: of the psi that the gradient passes
+  bool by_rows;      // results, and what psi's derivative reads, have Access::rows
   bool wide_stores;  // results are aligned to 16 bytes
   const void* weights;
   const float* coefficients;
@@ -183,7 +189,8 @@ constexpr int weight_shared_bytes() {
 /// every row is staged once and serves all three rows of taps.
 struct WeightJob {
   const void* data;  // the first channel
-  int64_t stride_n, stride_c, stride_h;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+  Access access;
   int64_t first_column;  // of the result: the first channel's first tap
   int32_t channels;      // up to kChunk
   int32_t chunk;         // for psi's coefficients
@@ -206,7 +213,8 @@ struct TensorWeightGradient {
   int32_t num_jobs, parts;
   int32_t batch, height, width, tiles_w;
   View gradient;
-  bool wide_loads;  // the gradient is aligned to 16 bytes
+  Access access;    // of the gradient; never `pixels`
+  bool wide_loads;  // it is aligned to 16 bytes
   const float* coefficients;
   int32_t outputs;
   int64_t columns;

@@ -75,20 +75,26 @@ inline const char* tensor_refuses(const Problem& p, const Arch& arch) {
   if (p.kernel_h != 3 || p.kernel_w != 3) return "the kernel is not 3x3";
   constexpr int64_t kMost = 1 << 28;  // rows and columns are int
   if (p.height > kMost || p.width > kMost) return "the map is too large";
-  if (p.width % kPixelsALoad != 0) return "the width is not a multiple of 4";
   for (int64_t i = 0; i < p.num_sources; ++i) {
     const int64_t h = p.sources[i].dilation_h, w = p.sources[i].dilation_w;
     if (h != w && h < p.height && w < p.width) return "a dilation differs in height and width";
-    if (w > kWidestBand && w < p.width && w % kPixelsALoad != 0) return "a wide dilation is odd";
   }
   return nullptr;
 }
 
-/// Whether the tensor-core kernels can load from, or store to, a map in vectors of 4 pixels.
-inline bool tensor_takes(const View& v) {
-  auto fits = [](int64_t stride) { return stride % kPixelsALoad == 0; };
-  return v.stride_w == 1 && fits(v.stride_h) && fits(v.stride_c) && fits(v.stride_n) &&
-         reinterpret_cast<uintptr_t>(v.data) % (2 * kPixelsALoad) == 0;
+/// The widest access to a 16-bit map of so many channels and columns.
+inline Access access_of(const View& v, int64_t channels, int64_t width) {
+  auto fits = [](int64_t elements) { return elements % kPixelsALoad == 0; };
+  if (reinterpret_cast<uintptr_t>(v.data) % (2 * kPixelsALoad) || !fits(v.stride_n) ||
+      !fits(v.stride_h))
+    return Access::any;
+  if (v.stride_w == 1 && fits(v.stride_c) && fits(width)) return Access::rows;
+  return v.stride_c == 1 && fits(v.stride_w) && fits(channels) ? Access::pixels : Access::any;
+}
+
+/// The same from a column on that may divide vectors of pixels.
+inline Access access_from(int64_t column, Access access) {
+  return access == Access::rows && column % kPixelsALoad ? Access::any : access;
 }
 
 /// The tile of a block of a tensor-core kernel: 8 * tiles outputs, so many rows.
@@ -129,11 +135,13 @@ inline void append_stages(std::vector<Stage>& to, Stage stage, int64_t dilation_
   const bool vertical = dilation_h < p.height, horizontal = dilation_w < p.width;
   const int d = static_cast<int>(horizontal ? dilation_w : vertical ? dilation_h : 0);
   const bool band = d <= kWidestBand && horizontal;
+  const Access access = stage.access;
   auto add = [&](int kind, int row, int column, int weights) {
     const Kind& k = kinds.kind[kind];
     stage.kind = kind;
     stage.row = row, stage.rows = k.rows;
     stage.column = column - k.halo, stage.columns = k.columns;
+    stage.access = access_from(stage.column, access);
     stage.weights = weights;
     to.push_back(stage);
   };

@@ -156,8 +156,14 @@ class TensorConvolutions {
     params.height = static_cast<int32_t>(p_.height);
     params.width = static_cast<int32_t>(p_.width);
     params.weights = pack.weights, params.coefficients = pack.coefficients;
-    params.wide_stores = p_.width % 8 == 0;
-    for (const Job& job : jobs_) params.wide_stores &= aligned_to_16_bytes(job.out);
+    auto by_rows = [&](const View& v) {
+      return !v.data || access_of(v, 0, p_.width) == Access::rows;
+    };
+    params.by_rows = true, params.wide_stores = p_.width % 8 == 0;
+    for (const Job& job : jobs_) {
+      params.by_rows &= by_rows(job.out) && by_rows(job.x);
+      params.wide_stores &= aligned_to_16_bytes(job.out);
+    }
     kernel += "_" + std::to_string(tile_.tiles) + "x" + std::to_string(tile_.rows);
     launch(device, kernel + suffix_of(p_.dtype), blocks_of_map() * params.num_jobs, 32 * kWarps,
            params, tensor_shared_bytes(tile_.tiles, tile_.rows));
@@ -181,7 +187,8 @@ class TensorConvolutions {
     stage.chunk = static_cast<int32_t>(chunks_.size());
     stage.data = from_channel(source.x, in).data;
     stage.stride_n = source.x.stride_n, stage.stride_c = source.x.stride_c;
-    stage.stride_h = source.x.stride_h;
+    stage.stride_h = source.x.stride_h, stage.stride_w = source.x.stride_w;
+    stage.access = access_of(source.x, source.channels, p_.width);
     append_stages(stages_, stage, source.dilation_h, source.dilation_w, tile_, p_);
     chunks_.push_back(chunk);
   }
@@ -229,6 +236,8 @@ class TensorWeightJobs {
     params.width = static_cast<int32_t>(p_.width);
     params.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
     params.gradient = gradient;
+    params.access =
+        access_of(gradient, p_.out_channels, p_.width) == Access::rows ? Access::rows : Access::any;
     params.wide_loads = p_.width % 8 == 0 && aligned_to_16_bytes(gradient);
     params.num_jobs = static_cast<int32_t>(jobs_.size());
     *parts = tensor_gradient_parts(params.num_jobs,
@@ -253,7 +262,8 @@ class TensorWeightJobs {
     chunks_.push_back({p_.weight, channel, job.channels, 0});
     job.data = static_cast<const char*>(source.x.data) + 2 * in * source.x.stride_c;
     job.stride_n = source.x.stride_n, job.stride_c = source.x.stride_c;
-    job.stride_h = source.x.stride_h;
+    job.stride_h = source.x.stride_h, job.stride_w = source.x.stride_w;
+    const Access access = access_of(source.x, source.channels, p_.width);
     set_walks(job, source.dilation_h, p_.height);
     const bool horizontal = source.dilation_w < p_.width;
     const bool band = horizontal && source.dilation_w <= kWidestBand;
@@ -264,6 +274,7 @@ class TensorWeightJobs {
     job.columns = kColumns + 2 * halo;
     for (int s = 0; s < (band ? 1 : 3); ++s) {
       job.column = band ? -halo : (s - 1) * d;
+      job.access = access_from(job.column, access);
       job.live = band || s == 1 || horizontal;
       job.bias = channel == 0 && (band || s == 1);
       job.first_column = channel * 9 + s;
@@ -282,11 +293,6 @@ class TensorWeightJobs {
   std::vector<Chunk> chunks_;
   std::vector<WeightJob> jobs_;
 };
-
-/// Whether the tensor-core kernels take the problem and every map of it, given by `maps`.
-bool on_tensor_cores(const Device& device, const Problem& p, const std::vector<View>& maps) {
-  return !tensor_refuses(p, device.arch()) && std::all_of(maps.begin(), maps.end(), tensor_takes);
-}
 
 /// First stage of the weight gradient; returns the parts' sums and their number.
 const void* direct_backward_weight(Device& device, const Problem& p, const Coefficients& c,
@@ -320,9 +326,7 @@ void forward(Device& device, Problem p, const Coefficients& coefficients, const 
     if (moments.mean.data)
       partial = device.allocate(parts * p.out_channels * 3 * accumulator_bytes(p.dtype));
   };
-  std::vector<View> maps{out};
-  for (int64_t i = 0; i < p.num_sources; ++i) maps.push_back(p.sources[i].x);
-  if (on_tensor_cores(device, p, maps)) {
+  if (!tensor_refuses(p, device.arch())) {
     TensorConvolutions convolutions(p, tensor_tile(tensor_tiles({p.out_channels})));
     convolutions.append(layer, p.sources, true, 0);
     allocate_partial(convolutions.blocks_of_map() * kWarps);
@@ -351,7 +355,6 @@ void backward_data(Device& device, Problem p, const Coefficients& coefficients,
   // A convolution of the gradient for each source that needs one.
   std::vector<Convolution> wanted;
   std::vector<Source> operands;
-  std::vector<View> maps{gradient};
   std::vector<int64_t> outputs;
   int64_t channel = 0;
   for (int64_t i = 0; i < p.num_sources; ++i) {
@@ -362,8 +365,6 @@ void backward_data(Device& device, Problem p, const Coefficients& coefficients,
                         channel});
       operands.push_back({gradient, p.out_channels, s.dilation_h, s.dilation_w});
       outputs.push_back(s.channels);
-      maps.push_back(s.x);
-      if (grad_inputs[i].data) maps.push_back(grad_inputs[i]);
     }
     channel += s.channels;
   }
@@ -375,7 +376,7 @@ void backward_data(Device& device, Problem p, const Coefficients& coefficients,
     if (sums.scale.data)
       partial = device.allocate(parts * p.in_channels * 2 * accumulator_bytes(p.dtype));
   };
-  if (on_tensor_cores(device, p, maps)) {
+  if (!tensor_refuses(p, device.arch())) {
     TensorConvolutions convolutions(p, tensor_tile(tensor_tiles(outputs)));
     for (size_t i = 0; i < wanted.size(); ++i)
       convolutions.append(wanted[i], &operands[i], false, wanted[i].channel);
@@ -405,13 +406,11 @@ void backward_data(Device& device, Problem p, const Coefficients& coefficients,
 void backward_weight(Device& device, Problem p, const Coefficients& coefficients,
                      const View& gradient, void* weight, void* bias) {
   const int64_t taps = p.kernel_h * p.kernel_w, columns = p.in_channels * taps + 1;
-  std::vector<View> maps{gradient};
-  for (int64_t i = 0; i < p.num_sources; ++i) maps.push_back(p.sources[i].x);
   int64_t parts = 0;
   const void* partial =
-      on_tensor_cores(device, p, maps)
-          ? TensorWeightJobs(p).run(device, coefficients, gradient, &parts)
-          : direct_backward_weight(device, p, coefficients, gradient, columns, &parts);
+      tensor_refuses(p, device.arch())
+          ? direct_backward_weight(device, p, coefficients, gradient, columns, &parts)
+          : TensorWeightJobs(p).run(device, coefficients, gradient, &parts);
   launch(device, "finish_sums", divide_up(p.out_channels * columns, kFinishColumns),
          kFinishColumns * kFinishLanes,
          Finish{partial, is_double(p.dtype), parts, p.out_channels, columns,

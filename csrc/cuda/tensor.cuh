@@ -1,4 +1,5 @@
-// The tensor-core convolution for 3x3 kernels on 16-bit maps in NCHW, forward and data gradient.
+// The tensor-core convolution for 3x3 kernels on 16-bit maps in any layout: forward and
+// data gradient.
 //
 // An implicit GEMM with pixels as rows (a warp owns 16 columns of the tile) and outputs as columns,
 // rounded up to 8. psi(x) is staged transposed, [half of 16 channels][row][column] in slots of
@@ -14,15 +15,11 @@
 #include <utility>
 
 #include "direct.cuh"
-#include "geometry.h"
-#include "ptx.cuh"
+#include "staging.cuh"
 
 namespace d3net::cuda::tensor {
 
 constexpr int kThreads = 32 * kWarps;
-
-/// What the staged pixels pass through.
-enum class Prologue { none, affine, affine_relu };
 
 /// The numbers of one kernel: kTiles x 8 outputs, kRows rows.
 template <class T_, int kTiles_, int kRows_, Prologue kPrologue_>
@@ -45,67 +42,6 @@ __device__ inline void with_number(int number, F&& f, std::integer_sequence<int,
 template <int kCount, class F>
 __device__ inline void with_number(int number, F&& f) {
   with_number(number, f, std::make_integer_sequence<int, kCount>{});
-}
-
-/// psi's coefficients of half a chunk.
-struct HalfPsi {
-  float scale[8], shift[8];
-
-  __device__ void load(const float* coefficients, int chunk, int half) {
-    const float4* from = reinterpret_cast<const float4*>(coefficients + (chunk * 2 + half) * 16);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float4 a = __ldg(from + i), b = __ldg(from + 2 + i);
-      scale[4 * i] = a.x, scale[4 * i + 1] = a.y, scale[4 * i + 2] = a.z, scale[4 * i + 3] = a.w;
-      shift[4 * i] = b.x, shift[4 * i + 1] = b.y, shift[4 * i + 2] = b.z, shift[4 * i + 3] = b.w;
-    }
-  }
-};
-
-/// Pixel i of four neighbours.
-template <class T>
-__device__ inline float element(const uint2& four, int i) {
-  const uint32_t two = i < 2 ? four.x : four.y;
-  if constexpr (__is_same(T, bfloat16))
-    return __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
-  else
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(i % 2 ? two >> 16 : two)));
-}
-
-/// Four neighbours of up to 8 channels; zeros for channels that are not there.
-template <class T>
-__device__ inline void load_pixels(uint2 (&raw)[8], const T* from, int64_t stride_c, int channels) {
-#pragma unroll
-  for (int c = 0; c < 8; ++c, from += stride_c)
-    raw[c] = c < channels ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{0, 0};
-}
-
-/// psi of four neighbours of 8 channels to their slots: transposed.
-template <class T, Prologue kPrologue>
-__device__ inline void store_pixels(uint32_t to, const uint2 (&raw)[8], const HalfPsi& psi) {
-#pragma unroll
-  for (int pixel = 0; pixel < kPixelsALoad; ++pixel) {
-    uint32_t slot[4];
-#pragma unroll
-    for (int c = 0; c < 8; c += 2) {
-      if constexpr (kPrologue == Prologue::none) {
-        const uint32_t low = pixel < 2 ? raw[c].x : raw[c].y;
-        const uint32_t high = pixel < 2 ? raw[c + 1].x : raw[c + 1].y;
-        slot[c / 2] = pixel % 2 ? ptx::high_halves(low, high) : ptx::low_halves(low, high);
-      } else {
-        slot[c / 2] = ptx::pack_two<T, kPrologue == Prologue::affine_relu>(
-            fmaf(element<T>(raw[c], pixel), psi.scale[c], psi.shift[c]),
-            fmaf(element<T>(raw[c + 1], pixel), psi.scale[c + 1], psi.shift[c + 1]));
-      }
-    }
-    ptx::store_16_bytes(to + pixel * 16, slot);
-  }
-}
-
-__device__ inline void store_zeros(uint32_t to) {
-#pragma unroll
-  for (int pixel = 0; pixel < kPixelsALoad; ++pixel)
-    ptx::store_16_bytes(to + pixel * 16, {0, 0, 0, 0});
 }
 
 template <class Tr>
@@ -148,7 +84,7 @@ class Block {
     __syncthreads();  // the epilogue uses the buffers again
   }
 
-  __device__ void finish_forward();
+  __device__ void finish_forward();  // tensor_epilogue.cuh
   __device__ void finish_backward();
 
  private:
@@ -181,6 +117,9 @@ class Block {
   }
 
   template <class F>
+  __device__ void write_elements(const View& out, F&& value) const;
+
+  template <class F>
   __device__ static void with_kind(int number, F&& f) {
     with_number<Tr::kKinds.count>(number, f);
   }
@@ -190,19 +129,26 @@ class Block {
     const Stage s = p_.stages[stage];
     const int half = threadIdx.x >> 1 & 1, channels = s.channels - 8 * half;
     const T* from = static_cast<const T*>(s.data) + n_ * s.stride_n + 8 * half * s.stride_c +
-                    (row_ + s.row) * s.stride_h + column_ + s.column;
+                    (row_ + s.row) * s.stride_h + (column_ + s.column) * s.stride_w;
     with_kind(s.kind, [&](auto k) {
 #pragma unroll
       for (int pass = 0; pass < kPrefetch; ++pass) {
         const Unit u = unit<k.value>(pass);
         const int h = row_ + s.row + u.row, w = column_ + s.column + u.column;
-        inside_[pass] = u.there && h >= 0 && h < p_.height && w >= 0 && w < p_.width;
-        if (!inside_[pass]) continue;
-        const T* pixels = from + u.row * s.stride_h + u.column;
-        if (channels >= 8)
-          load_pixels(raw_[pass], pixels, s.stride_c, 8);
-        else
-          load_pixels(raw_[pass], pixels, s.stride_c, channels);
+        inside_[pass] = 0;
+        if (!u.there || h < 0 || h >= p_.height) continue;
+        const T* pixels = from + u.row * s.stride_h;
+        if (s.access != Access::rows) {
+          inside_[pass] = pixels_inside(w, p_.width);
+          load_elements(raw_[pass], pixels + u.column * s.stride_w, s.access, s.stride_c,
+                        s.stride_w, channels, inside_[pass]);
+        } else if (w >= 0 && w < p_.width) {
+          inside_[pass] = kAllInside;
+          if (channels >= 8)
+            load_rows(raw_[pass], pixels + u.column, s.stride_c, 8);
+          else
+            load_rows(raw_[pass], pixels + u.column, s.stride_c, channels);
+        }
       }
     });
   }
@@ -214,6 +160,8 @@ class Block {
     if (s.channels <= 8 * half) return;  // multiply() does not read that half
     HalfPsi psi;
     if constexpr (Tr::kPrologue != Prologue::none) psi.load(p_.coefficients, s.chunk, half);
+    if (s.access == Access::pixels)
+      for (auto& raw : raw_) pixels_to_rows(raw);
     with_kind(s.kind, [&](auto k) {
 #pragma unroll
       for (int pass = 0; pass < kPrefetch; ++pass) {
@@ -224,6 +172,7 @@ class Block {
           store_pixels<T, Tr::kPrologue>(to, raw_[pass], psi);
         else
           store_zeros(to);
+        if (s.access != Access::rows) store_zeros_outside(to, inside_[pass]);
       }
     });
   }
@@ -331,162 +280,7 @@ class Block {
   int n_, row_, column_;
   float sums_[R][N][4] = {};  // pixels lane / 4 and + 8 of the warp's, outputs lane % 4 * 2 and + 1
   uint2 raw_[kPrefetch][8];
-  bool inside_[kPrefetch];
+  uint32_t inside_[kPrefetch];  // a bit a pixel
 };
-
-/// Adds the bias, writes the result through shared memory in rows, and this warp's part of the
-/// moments: (sum, sum of squares about the part's own mean, count).
-template <class Tr>
-__device__ void Block<Tr>::finish_forward() {
-  constexpr int pitch = R * kColumns * 2 + 16;  // bytes of an output
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int rows = min(R, p_.height - row_);
-  const int columns = min(16, max(0, p_.width - column_ - warp * 16));
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const int output = j * 8 + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float bias =
-          p_.bias && output + i < job_->outputs ? p_.bias[job_->channel + output + i] : 0.f;
-      float sum = 0;
-#pragma unroll
-      for (int y = 0; y < R; ++y)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int pixel = lane / 4 + 8 * e;
-          const T rounded = narrow<T>(sums_[y][j][2 * e + i] + bias);
-          *reinterpret_cast<T*>(shared_ + (output + i) * pitch +
-                                (y * kColumns + warp * 16 + pixel) * 2) = rounded;
-          sums_[y][j][2 * e + i] = widen(rounded);  // the moments are those of the result
-          if (y < rows && pixel < columns) sum += sums_[y][j][2 * e + i];
-        }
-      if (!p_.partial) continue;
-      const float count = static_cast<float>(rows * columns);
-      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      const float mean = count > 0 ? sum / count : 0.f;
-      float squares = 0;
-#pragma unroll
-      for (int y = 0; y < R; ++y)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float distance = sums_[y][j][2 * e + i] - mean;
-          if (y < rows && lane / 4 + 8 * e < columns) squares = fmaf(distance, distance, squares);
-        }
-      for (int step = 4; step < 32; step *= 2) squares += __shfl_xor_sync(~0u, squares, step);
-      if (lane / 4 == 0 && output + i < job_->outputs) {
-        const int64_t part = static_cast<int64_t>(blockIdx.x / p_.num_jobs) * kWarps + warp;
-        float* to =
-            p_.partial + (part * p_.partial_channels + job_->partial_channel + output + i) * 3;
-        to[0] = sum, to[1] = squares, to[2] = count;
-      }
-    }
-  }
-  __syncthreads();
-  // 8 pixels a thread, as 16 bytes where the rows of the result are aligned to that.
-  constexpr int vectors = kColumns / 8;
-  const View& out = job_->out;
-  for (int i = threadIdx.x; i < job_->outputs * R * vectors; i += kThreads) {
-    const int vector = i % vectors, y = i / vectors % R, output = i / (vectors * R);
-    const int h = row_ + y, w = column_ + vector * 8;
-    if (h >= p_.height || w >= p_.width) continue;
-    T* to = static_cast<T*>(out.data) + direct::offset_of(out, n_, output, h, w);
-    const void* from = shared_ + output * pitch + (y * kColumns + vector * 8) * 2;
-    if (p_.wide_stores) {
-      *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
-    } else {
-      const uint2* halves = static_cast<const uint2*>(from);
-      *reinterpret_cast<uint2*>(to) = halves[0];
-      if (w + 4 < p_.width) *reinterpret_cast<uint2*>(to + 4) = halves[1];
-    }
-  }
-}
-
-/// Through psi of x to the data gradient and this block's part of the sums for scale and shift. The
-/// gradient of psi goes through shared memory in float: the sums take it unrounded, and a warp
-/// then reads x and writes the result in rows of one channel.
-template <class Tr>
-__device__ void Block<Tr>::finish_backward() {
-  constexpr int pitch = R * kColumns + 4;  // floats of an output
-  float* staged = reinterpret_cast<float*>(shared_);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int j = 0; j < N; ++j)
-#pragma unroll
-    for (int y = 0; y < R; ++y)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        staged[(j * 8 + lane % 4 * 2 + e % 2) * pitch + y * kColumns + warp * 16 + lane / 4 +
-               e / 2 * 8] = sums_[y][j][e];
-  __syncthreads();
-  // Half a warp takes an output: 16 vectors of a row, row by row.
-  static_assert(kColumns / kPixelsALoad == 16);
-  const Job job = *job_;
-  const int first = warp * 2 + lane / 16, vector = lane % 16 * kPixelsALoad;
-  const bool relu = p_.relu, through_psi = p_.scale || relu;
-  auto at = [&](const View& v) {
-    return static_cast<T*>(v.data) +
-           (v.data ? direct::offset_of(v, n_, first, row_, column_ + vector) : 0);
-  };
-  const T* x = at(job.x);
-  T* out = at(job.out);
-  for (int i = 0; i < N; ++i, x += 8 * job.x.stride_c, out += 8 * job.out.stride_c) {
-    const int output = first + 8 * i;
-    const bool there = output < job.outputs && column_ + vector < p_.width;
-    const float scale = there && p_.scale ? p_.scale[job.channel + output] : 1.f;
-    const float shift = there && p_.scale ? p_.shift[job.channel + output] : 0.f;
-    float to_scale = 0, to_shift = 0;
-#pragma unroll
-    for (int y = 0; y < R; ++y) {
-      if (!there || row_ + y >= p_.height) continue;
-      const float4 four =
-          *reinterpret_cast<const float4*>(staged + output * pitch + y * kColumns + vector);
-      float gradient[4] = {four.x, four.y, four.z, four.w};
-      if (through_psi) {
-        const uint2 pixels = __ldg(reinterpret_cast<const uint2*>(x + y * job.x.stride_h));
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float v = element<T>(pixels, e);
-          const bool cut = relu & (fmaf(v, scale, shift) <= 0);  // NaN passes; no branch
-          gradient[e] = cut ? 0.f : gradient[e];
-          to_scale = fmaf(gradient[e], v, to_scale);
-          to_shift += gradient[e];
-        }
-      }
-      if (!job.out.data) continue;
-      const uint2 result = {ptx::pack_two<T, false>(gradient[0] * scale, gradient[1] * scale),
-                            ptx::pack_two<T, false>(gradient[2] * scale, gradient[3] * scale)};
-      *reinterpret_cast<uint2*>(out + y * job.out.stride_h) = result;
-    }
-    if (!p_.partial) continue;
-    // One exchange leaves a sum to each quarter of the warp, three more add over its lanes.
-    const bool upper = lane & 8;
-    float sum = upper ? to_shift : to_scale;
-    sum += __shfl_xor_sync(~0u, upper ? to_scale : to_shift, 8);
-    for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (lane % 8 == 0 && output < job.outputs)
-      p_.partial[(static_cast<int64_t>(blockIdx.x / p_.num_jobs) * p_.partial_channels +
-                  job.partial_channel + output) *
-                     2 +
-                 upper] = sum;
-  }
-}
-
-template <class T, int kTiles, int kRows>
-__device__ inline void backward_data(const TensorConvolve& p, unsigned char* shared) {
-  Block<Traits<T, kTiles, kRows, Prologue::none>> block(p, shared);
-  block.take_job();
-  block.convolve();
-  block.finish_backward();
-}
-
-template <class T, int kTiles, int kRows, bool kRelu>
-__device__ inline void forward(const TensorConvolve& p, unsigned char* shared) {
-  constexpr Prologue prologue = kRelu ? Prologue::affine_relu : Prologue::affine;
-  Block<Traits<T, kTiles, kRows, prologue>> block(p, shared);
-  block.take_job();
-  block.convolve();
-  block.finish_forward();
-}
 
 }  // namespace d3net::cuda::tensor

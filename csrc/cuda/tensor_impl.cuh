@@ -1,7 +1,7 @@
 // The body of each tensor-core instantiation file: the kernels of one tile and dtype.
 #pragma once
 
-#include "tensor.cuh"
+#include "tensor_epilogue.cuh"
 
 /// Dynamic shared memory has one name in a translation unit.
 extern __shared__ __align__(128) unsigned char d3net_shared[];

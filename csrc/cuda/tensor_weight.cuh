@@ -28,7 +28,6 @@ class WeightBlock {
 
   __device__ void run() {
     const int part = blockIdx.x / p_.num_jobs;
-    if (stages()) psi_.load(p_.coefficients, job_.chunk, half());
     const int64_t walks = int64_t{p_.batch} * p_.tiles_w * job_.remainders;
     const int64_t steps = job_.live ? walks * job_.steps : 0;
     const int64_t end = (part + 1) * steps / p_.parts;
@@ -92,23 +91,33 @@ class WeightBlock {
     const int h = map_row(step, staged_row());
     const int w = column_ + job_.column + staged_column();
     there_ = stages() && h >= 0;
-    inside_ = there_ && w >= 0 && w < p_.width;
-    if (inside_)
-      load_pixels(raw_,
-                  static_cast<const T*>(job_.data) + n_ * job_.stride_n +
-                      8 * half() * job_.stride_c + h * job_.stride_h + w,
-                  job_.stride_c, job_.channels - 8 * half());
+    inside_ = 0;
+    if (!there_) return;
+    const T* from = static_cast<const T*>(job_.data) + n_ * job_.stride_n +
+                    8 * half() * job_.stride_c + h * job_.stride_h + w * job_.stride_w;
+    const int channels = job_.channels - 8 * half();
+    if (job_.access != Access::rows) {
+      inside_ = pixels_inside(w, p_.width);
+      load_elements(raw_, from, job_.access, job_.stride_c, job_.stride_w, channels, inside_);
+    } else if (w >= 0 && w < p_.width) {
+      inside_ = kAllInside;
+      load_rows(raw_, from, job_.stride_c, channels);
+    }
   }
 
   /// psi of the registers to the ring.
   __device__ void store(int step) {
     if (!there_) return;
+    if (job_.access == Access::pixels) pixels_to_rows(raw_);
+    HalfPsi psi;  // loaded anew: the registers do not hold it beside the sums
+    psi.load(p_.coefficients, job_.chunk, half());
     const int row = (kWeightRows * step + staged_row()) & (kRingRows - 1);
     const uint32_t to = ring_ + (half() * kRingHalf + row * kRingPitch + staged_column()) * 16;
     if (inside_)
-      store_pixels<T, kRelu ? Prologue::affine_relu : Prologue::affine>(to, raw_, psi_);
+      store_pixels<T, kRelu ? Prologue::affine_relu : Prologue::affine>(to, raw_, psi);
     else
       store_zeros(to);
+    if (job_.access != Access::rows) store_zeros_outside(to, inside_);
   }
 
   __device__ uint32_t gradient_buffer(int step) const {
@@ -119,12 +128,32 @@ class WeightBlock {
   /// the last tile of 8 outputs stays as it is: nobody reads its sums.
   __device__ void copy_gradient(int step) const {
     if (threadIdx.x >= kStaging) {
-      if (p_.wide_loads)
+      if (p_.access == Access::any)
+        copy_gradient_elements(step);
+      else if (p_.wide_loads)
         copy_gradient<8>(step);
       else
         copy_gradient<4>(step);
     }
     ptx::commit_copies();
+  }
+  /// Neighbours in memory by neighbouring threads.
+  __device__ void copy_gradient_elements(int step) const {
+    constexpr int pixels = kWeightRows * kColumns;
+    const View& g = p_.gradient;
+    const bool channels_inside = g.stride_c < g.stride_w;
+    const uint32_t to = gradient_buffer(step) - ring_;
+    for (int i = threadIdx.x - kStaging; i < job_.outputs * pixels; i += kStaging) {
+      const int k = channels_inside ? i % job_.outputs : i / pixels;
+      const int pixel = channels_inside ? i / job_.outputs : i % pixels;
+      const int h = map_row(step, pixel / kColumns), w = column_ + pixel % kColumns;
+      if (h < 0) continue;
+      T value = narrow<T>(0.f);
+      if (w < p_.width)
+        value =
+            static_cast<const T*>(g.data)[direct::offset_of(g, n_, job_.first_output + k, h, w)];
+      *reinterpret_cast<T*>(shared_ + to + k * kGradientPitch + pixel * 2) = value;
+    }
   }
   template <int kPixels>
   __device__ void copy_gradient(int step) const {
@@ -279,9 +308,9 @@ class WeightBlock {
   const WeightJob job_;
   unsigned char* shared_;
   uint32_t ring_;
-  HalfPsi psi_;
   uint2 raw_[8];
-  bool there_ = false, inside_ = false;
+  bool there_ = false;
+  uint32_t inside_ = 0;  // a bit a pixel
   int n_ = 0, column_ = 0, first_row_ = 0;
   float sums_[4][N][4] = {};  // three taps and the bias; channels lane / 4 and + 8
 };

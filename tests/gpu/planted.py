@@ -62,12 +62,12 @@ BUGS = [
     ),
     Bug(
         "off_by_one_store",
-        (Change("tensor.cuh", "if (h >= p_.height ||", "if (h > p_.height ||"),),
+        (Change("tensor_epilogue.cuh", "if (h >= p_.height ||", "if (h > p_.height ||"),),
         "outside every buffer",
     ),
     Bug(
         "off_by_one_load",
-        (Change("tensor.cuh", "h >= 0 && h < p_.height &&", "h >= 0 && h <= p_.height &&"),),
+        (Change("tensor.cuh", "h < 0 || h >= p_.height", "h < 0 || h > p_.height"),),
         "outside every buffer",
     ),
     Bug(
@@ -75,9 +75,8 @@ BUGS = [
         (
             Change(
                 "tensor.cuh",
-                "if (!inside_[pass]) continue;",
-                "for (auto& raw : raw_[pass]) raw = uint2{0, 0};\n"
-                "        if (!inside_[pass]) continue;",
+                "inside_[pass] = 0;",
+                "for (auto& raw : raw_[pass]) raw = uint2{0, 0};\n        inside_[pass] = 0;",
             ),
             Change("tensor.cuh", "if (inside_[pass])\n", "if (true)\n"),
         ),
@@ -94,7 +93,7 @@ BUGS = [
     ),
     Bug(
         "swapped_halves",
-        (Change("tensor.cuh", "(i % 2 ? two & 0xffff0000u", "(i % 2 == 0 ? two & 0xffff0000u"),),
+        (Change("staging.cuh", "(i % 2 ? two & 0xffff0000u", "(i % 2 == 0 ? two & 0xffff0000u"),),
     ),
 ]
 

@@ -75,14 +75,15 @@ def launch_sizes() -> dict[str, tuple[int, int]]:
     """Threads and bytes of dynamic shared memory of a block, of every kernel."""
     recorded = Recorded()
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for width in (8, 7):  # on tensor cores, and not
+        for kernel in (3, 1):  # on tensor cores, and not
             for outputs in (8, 16, 24, 32, 40):
                 for relu in (True, False):
                     problem = numerics.random_problem(
                         (outputs,),
                         outputs,
-                        (1, 2, width),
+                        (1, 2, 8),
                         generator=torch.Generator().manual_seed(0),
+                        kernel=(kernel, kernel),
                         dtype=dtype,
                         psi_dtype=torch.float32,
                         relu=relu,

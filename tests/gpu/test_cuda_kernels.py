@@ -48,6 +48,34 @@ TENSOR_CASES = [
     grid.Case(
         "feature_buffer", channels=(12, 24), out_channels=10, size=(2, 10, 40), layout="shared"
     ),
+    grid.Case("odd_width", channels=(20, 9), out_channels=9, size=(2, 9, 67)),
+    grid.Case("one_column", channels=(3, 9), out_channels=9, size=(1, 9, 1)),
+    grid.Case("odd_wide_dilations", channels=(7, 3), size=(1, 7, 96), dilations=(21, 35)),
+    grid.Case(
+        "channels_last",
+        channels=(20, 12),
+        out_channels=12,
+        size=(2, 9, 35),
+        layout="channels_last",
+        grad_layout="channels_last",
+    ),
+    grid.Case(
+        "buffer_of_channels_last",
+        channels=(12, 24),
+        out_channels=36,
+        size=(1, 10, 40),
+        layout="shared_last",
+        dilations=(2, 21),
+        grad_layout="slice_last",
+    ),
+    grid.Case("odd_channels_last", channels=(13, 5), size=(1, 6, 66), layout="channels_last"),
+    grid.Case(
+        "mixed_layouts",
+        channels=(8, 4, 4, 12, 8, 4, 5),
+        size=(1, 8, 24),
+        layout="mixed",
+        grad_layout="every_other",
+    ),
 ]
 TENSOR_CASES = [replace(case, dtype=_HALF, psi="float32") for case in TENSOR_CASES]
 _SMALL = 40_000  # multiply-adds of a tap; larger cases are marked slow
@@ -85,9 +113,34 @@ def test_grid(case: grid.Case, generator: torch.Generator) -> None:
 def test_tensor_cores(case: grid.Case, generator: torch.Generator) -> None:
     launch = Executed()
     check(case, generator, launch)
-    assert {"tensor_forward_relu", "tensor_backward_data"} <= {
+    assert {"tensor_forward_relu", "tensor_backward_data", "tensor_weight"} <= {
         kernel.rsplit("_", 2)[0] for kernel in launch.counters
     }
+
+
+@pytest.mark.parametrize(
+    ("layout", "width", "elements"),
+    [("contiguous", 24, False), ("channels_last", 23, False), ("contiguous", 23, True)],
+)
+def test_pixels_come_as_wide_as_they_can(
+    layout: str, width: int, elements: bool, generator: torch.Generator
+) -> None:
+    """8 bytes a load, by rows or by pixels, where the layout allows it; else one element."""
+    case = grid.Case(
+        "",
+        channels=(20, 12),
+        out_channels=8,
+        size=(1, 6, width),
+        dtype=_HALF,
+        layout=layout,
+        needs=(),
+    )
+    launch = Executed()
+    Program(launch).results(case.problem(generator))
+    (counters,) = (c for kernel, c in launch.counters.items() if kernel.startswith("tensor_"))
+    loads = [i.text for i in counters.instructions if "ld.global.nc" in i.text and i.issued]
+    assert any(".u16" in load for load in loads) is elements
+    assert any(".v2." in load for load in loads) is not elements
 
 
 @pytest.mark.slow
@@ -153,12 +206,23 @@ def test_not_finite_gradient(value: float, generator: torch.Generator) -> None:
     assert "tensor_backward_data_1x8_bfloat16" in launch.counters
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_in_any_order(dtype: torch.dtype, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, "contiguous"),
+        (torch.bfloat16, "contiguous"),
+        (torch.bfloat16, "channels_last"),
+    ],
+)
+def test_same_bits_in_any_order(
+    dtype: torch.dtype, layout: str, generator: torch.Generator
+) -> None:
     """Nothing hangs on which warp, lane, block or copy comes first: no race, no float atomic."""
     case = grid.Case(
         "", channels=(20, 9), out_channels=7, size=(2, 11, 76), dtype=dtype, psi="float32"
     )
+    if layout == "channels_last":
+        case = replace(case, channels=(20, 12), size=(2, 11, 67), layout=layout, grad_layout=layout)
     problem = case.problem(generator)
     once = Program(Executed()).results(problem, moments=True)
     for options in (

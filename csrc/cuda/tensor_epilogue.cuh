@@ -1,0 +1,204 @@
+// What follows the products of the tensor-core convolution: bias, moments and the result of the
+// forward pass; psi's derivative, its sums and the result of the data gradient.
+#pragma once
+
+#include "tensor.cuh"
+
+namespace d3net::cuda::tensor {
+
+/// Writes value(output, pixel of the tile) one by one: neighbours in memory by neighbouring
+/// threads.
+template <class Tr>
+template <class F>
+__device__ void Block<Tr>::write_elements(const View& out, F&& value) const {
+  const int outputs = job_->outputs;
+  const bool channels_inside = out.stride_c < out.stride_w;
+  for (int i = threadIdx.x; i < outputs * R * kColumns; i += kThreads) {
+    const int output = channels_inside ? i % outputs : i / (R * kColumns);
+    const int pixel = channels_inside ? i / outputs : i % (R * kColumns);
+    const int h = row_ + pixel / kColumns, w = column_ + pixel % kColumns;
+    if (h < p_.height && w < p_.width)
+      static_cast<T*>(out.data)[direct::offset_of(out, n_, output, h, w)] = value(output, pixel);
+  }
+}
+
+/// Adds the bias, writes the result through shared memory in rows, and this warp's part of the
+/// moments: (sum, sum of squares about the part's own mean, count).
+template <class Tr>
+__device__ void Block<Tr>::finish_forward() {
+  constexpr int pitch = R * kColumns * 2 + 16;  // bytes of an output
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int rows = min(R, p_.height - row_);
+  const int columns = min(16, max(0, p_.width - column_ - warp * 16));
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const int output = j * 8 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float bias =
+          p_.bias && output + i < job_->outputs ? p_.bias[job_->channel + output + i] : 0.f;
+      float sum = 0;
+#pragma unroll
+      for (int y = 0; y < R; ++y)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int pixel = lane / 4 + 8 * e;
+          const T rounded = narrow<T>(sums_[y][j][2 * e + i] + bias);
+          *reinterpret_cast<T*>(shared_ + (output + i) * pitch +
+                                (y * kColumns + warp * 16 + pixel) * 2) = rounded;
+          sums_[y][j][2 * e + i] = widen(rounded);  // the moments are those of the result
+          if (y < rows && pixel < columns) sum += sums_[y][j][2 * e + i];
+        }
+      if (!p_.partial) continue;
+      const float count = static_cast<float>(rows * columns);
+      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      const float mean = count > 0 ? sum / count : 0.f;
+      float squares = 0;
+#pragma unroll
+      for (int y = 0; y < R; ++y)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float distance = sums_[y][j][2 * e + i] - mean;
+          if (y < rows && lane / 4 + 8 * e < columns) squares = fmaf(distance, distance, squares);
+        }
+      for (int step = 4; step < 32; step *= 2) squares += __shfl_xor_sync(~0u, squares, step);
+      if (lane / 4 == 0 && output + i < job_->outputs) {
+        const int64_t part = static_cast<int64_t>(blockIdx.x / p_.num_jobs) * kWarps + warp;
+        float* to =
+            p_.partial + (part * p_.partial_channels + job_->partial_channel + output + i) * 3;
+        to[0] = sum, to[1] = squares, to[2] = count;
+      }
+    }
+  }
+  __syncthreads();
+  const View& out = job_->out;
+  if (!p_.by_rows) {
+    write_elements(out, [&](int output, int pixel) {
+      return *reinterpret_cast<const T*>(shared_ + output * pitch + pixel * 2);
+    });
+    return;
+  }
+  // 8 pixels a thread, as 16 bytes where the rows of the result are aligned to that.
+  constexpr int vectors = kColumns / 8;
+  for (int i = threadIdx.x; i < job_->outputs * R * vectors; i += kThreads) {
+    const int vector = i % vectors, y = i / vectors % R, output = i / (vectors * R);
+    const int h = row_ + y, w = column_ + vector * 8;
+    if (h >= p_.height || w >= p_.width) continue;
+    T* to = static_cast<T*>(out.data) + direct::offset_of(out, n_, output, h, w);
+    const void* from = shared_ + output * pitch + (y * kColumns + vector * 8) * 2;
+    if (p_.wide_stores) {
+      *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+    } else {
+      const uint2* halves = static_cast<const uint2*>(from);
+      *reinterpret_cast<uint2*>(to) = halves[0];
+      if (w + 4 < p_.width) *reinterpret_cast<uint2*>(to + 4) = halves[1];
+    }
+  }
+}
+
+/// Through psi of x to the data gradient and this block's part of the sums for scale and shift. The
+/// gradient of psi goes through shared memory in float: the sums take it unrounded, and a warp
+/// then reads x and writes the result in rows of one channel.
+template <class Tr>
+__device__ void Block<Tr>::finish_backward() {
+  constexpr int pitch = R * kColumns + 4;  // floats of an output
+  float* staged = reinterpret_cast<float*>(shared_);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int y = 0; y < R; ++y)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        staged[(j * 8 + lane % 4 * 2 + e % 2) * pitch + y * kColumns + warp * 16 + lane / 4 +
+               e / 2 * 8] = sums_[y][j][e];
+  __syncthreads();
+  // Half a warp takes an output: 16 vectors of a row, row by row.
+  static_assert(kColumns / kPixelsALoad == 16);
+  const Job job = *job_;
+  const int first = warp * 2 + lane / 16, vector = lane % 16 * kPixelsALoad;
+  const bool relu = p_.relu, through_psi = p_.scale || relu;
+  auto at = [&](const View& v) {
+    return static_cast<T*>(v.data) +
+           (v.data ? direct::offset_of(v, n_, first, row_, column_ + vector) : 0);
+  };
+  const T* x = at(job.x);
+  T* out = at(job.out);
+  for (int i = 0; i < N; ++i, x += 8 * job.x.stride_c, out += 8 * job.out.stride_c) {
+    const int output = first + 8 * i;
+    const bool there = output < job.outputs && column_ + vector < p_.width;
+    const float scale = there && p_.scale ? p_.scale[job.channel + output] : 1.f;
+    const float shift = there && p_.scale ? p_.shift[job.channel + output] : 0.f;
+    float to_scale = 0, to_shift = 0;
+#pragma unroll
+    for (int y = 0; y < R; ++y) {
+      if (!there || row_ + y >= p_.height) continue;
+      const float4 four =
+          *reinterpret_cast<const float4*>(staged + output * pitch + y * kColumns + vector);
+      float gradient[4] = {four.x, four.y, four.z, four.w};
+      if (through_psi) {
+        const T* row = x + y * job.x.stride_h;
+        uint2 pixels;
+        if (p_.by_rows) {
+          pixels = __ldg(reinterpret_cast<const uint2*>(row));
+        } else {
+          const uint32_t inside = pixels_inside(column_ + vector, p_.width);
+          pixels = four_elements(row, job.x.stride_w, inside);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) gradient[e] = inside >> e & 1 ? gradient[e] : 0.f;
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float v = element<T>(pixels, e);
+          const bool cut = relu & (fmaf(v, scale, shift) <= 0);  // NaN passes; no branch
+          gradient[e] = cut ? 0.f : gradient[e];
+          to_scale = fmaf(gradient[e], v, to_scale);
+          to_shift += gradient[e];
+        }
+      }
+      if (!job.out.data) continue;
+      if (!p_.by_rows) {
+        *reinterpret_cast<float4*>(staged + output * pitch + y * kColumns + vector) = {
+            gradient[0] * scale, gradient[1] * scale, gradient[2] * scale, gradient[3] * scale};
+        continue;
+      }
+      const uint2 result = {ptx::pack_two<T, false>(gradient[0] * scale, gradient[1] * scale),
+                            ptx::pack_two<T, false>(gradient[2] * scale, gradient[3] * scale)};
+      *reinterpret_cast<uint2*>(out + y * job.out.stride_h) = result;
+    }
+    if (!p_.partial) continue;
+    // One exchange leaves a sum to each quarter of the warp, three more add over its lanes.
+    const bool upper = lane & 8;
+    float sum = upper ? to_shift : to_scale;
+    sum += __shfl_xor_sync(~0u, upper ? to_scale : to_shift, 8);
+    for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane % 8 == 0 && output < job.outputs)
+      p_.partial[(static_cast<int64_t>(blockIdx.x / p_.num_jobs) * p_.partial_channels +
+                  job.partial_channel + output) *
+                     2 +
+                 upper] = sum;
+  }
+  if (p_.by_rows || !job.out.data) return;
+  __syncthreads();
+  write_elements(job.out,
+                 [&](int output, int pixel) { return narrow<T>(staged[output * pitch + pixel]); });
+}
+
+template <class T, int kTiles, int kRows>
+__device__ inline void backward_data(const TensorConvolve& p, unsigned char* shared) {
+  Block<Traits<T, kTiles, kRows, Prologue::none>> block(p, shared);
+  block.take_job();
+  block.convolve();
+  block.finish_backward();
+}
+
+template <class T, int kTiles, int kRows, bool kRelu>
+__device__ inline void forward(const TensorConvolve& p, unsigned char* shared) {
+  constexpr Prologue prologue = kRelu ? Prologue::affine_relu : Prologue::affine;
+  Block<Traits<T, kTiles, kRows, prologue>> block(p, shared);
+  block.take_job();
+  block.convolve();
+  block.finish_forward();
+}
+
+}  // namespace d3net::cuda::tensor
