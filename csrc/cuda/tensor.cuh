@@ -12,7 +12,7 @@
 // ldmatrix reads 8 neighbouring slots at any shift.
 #pragma once
 
-#include <utility>
+#include <type_traits>
 
 #include "direct.cuh"
 #include "staging.cuh"
@@ -34,14 +34,15 @@ struct Traits {
   static_assert(kTiles <= kMostTiles, "plan.h splits more outputs into several jobs");
 };
 
-/// Calls f with the number, below kCount, as a compile-time constant.
-template <class F, int... I>
-__device__ inline void with_number(int number, F&& f, std::integer_sequence<int, I...>) {
-  (void)((number == I && (f(std::integral_constant<int, I>{}), true)) || ...);
-}
-template <int kCount, class F>
+/// Calls f with the number, below kCount, as a compile-time constant; found by bisection.
+template <int kCount, int kFirst = 0, class F>
 __device__ inline void with_number(int number, F&& f) {
-  with_number(number, f, std::make_integer_sequence<int, kCount>{});
+  if constexpr (kCount == 1)
+    f(std::integral_constant<int, kFirst>{});
+  else if (number < kFirst + kCount / 2)
+    with_number<kCount / 2, kFirst>(number, f);
+  else
+    with_number<kCount - kCount / 2, kFirst + kCount / 2>(number, f);
 }
 
 template <class Tr>
@@ -198,6 +199,7 @@ class Block {
   }
 
   __device__ void multiply(int stage, int buffer) {
+    if (column_ + static_cast<int>(threadIdx.x / 32) * 16 >= p_.width) return;  // nothing to sum
     const Stage s = p_.stages[stage];
     with_kind(s.kind, [&](auto k) {
       if (s.channels > 8)
