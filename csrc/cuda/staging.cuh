@@ -35,15 +35,6 @@ __device__ inline float element(const uint2& four, int i) {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(i % 2 ? two >> 16 : two)));
 }
 
-/// Four neighbours of up to 8 channels as they lie in a map with that access: by rows, raw[c] are
-/// those of channel c; by pixels, raw[2 * i] and the next one are the channels of pixel i. Zeros
-/// for channels that are not there, and, but by rows, for pixels that `inside` has no bit for.
-template <class T>
-__device__ inline void load_rows(uint2 (&raw)[8], const T* from, int64_t stride_c, int channels) {
-#pragma unroll
-  for (int c = 0; c < 8; ++c, from += stride_c)
-    raw[c] = c < channels ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{0, 0};
-}
 /// Four neighbours one by one; zeros where `inside` has no bit.
 template <class T>
 __device__ inline uint2 four_elements(const T* from, int64_t stride_w, uint32_t inside) {
@@ -53,6 +44,16 @@ __device__ inline uint2 four_elements(const T* from, int64_t stride_w, uint32_t 
   for (int i = 0; i < kPixelsALoad; ++i)
     pixel[i] = inside >> i & 1 ? __ldg(bits + i * stride_w) : 0u;
   return {pixel[0] | pixel[1] << 16, pixel[2] | pixel[3] << 16};
+}
+
+/// Four neighbours of up to 8 channels as they lie in a map with that access: by rows, raw[c] are
+/// those of channel c; by pixels, raw[2 * i] and the next one are the channels of pixel i. Zeros
+/// for channels that are not there, and, but by rows, for pixels that `inside` has no bit for.
+template <class T>
+__device__ inline void load_rows(uint2 (&raw)[8], const T* from, int64_t stride_c, int channels) {
+#pragma unroll
+  for (int c = 0; c < 8; ++c, from += stride_c)
+    raw[c] = c < channels ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{0, 0};
 }
 template <class T>
 __device__ inline void load_elements(uint2 (&raw)[8], const T* from, Access access,
@@ -91,11 +92,16 @@ __device__ inline void pixels_to_rows(uint2 (&raw)[8]) {
 
 constexpr uint32_t kAllInside = (1u << kPixelsALoad) - 1;
 
+/// 0 <= place < size, in one comparison.
+__device__ inline bool lies_in(int place, int size) {
+  return static_cast<uint32_t>(place) < static_cast<uint32_t>(size);
+}
+
 /// A bit for each of four neighbours from column w on that lies on a map of that width.
 __device__ inline uint32_t pixels_inside(int w, int width) {
   uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < kPixelsALoad; ++i) bits |= (w + i >= 0 && w + i < width ? 1u : 0u) << i;
+  for (int i = 0; i < kPixelsALoad; ++i) bits |= (lies_in(w + i, width) ? 1u : 0u) << i;
   return bits;
 }
 

@@ -1,5 +1,5 @@
-// The tensor-core convolution for 3x3 kernels on 16-bit maps in any layout: forward and
-// data gradient.
+// The tensor-core convolution for 3x3 kernels on 16-bit maps of any layout, forward and data
+// gradient.
 //
 // An implicit GEMM with pixels as rows (a warp owns 16 columns of the tile) and outputs as columns,
 // rounded up to 8. psi(x) is staged transposed, [half of 16 channels][row][column] in slots of
@@ -137,13 +137,13 @@ class Block {
         const Unit u = unit<k.value>(pass);
         const int h = row_ + s.row + u.row, w = column_ + s.column + u.column;
         inside_[pass] = 0;
-        if (!u.there || h < 0 || h >= p_.height) continue;
+        if (!u.there || !lies_in(h, p_.height)) continue;
         const T* pixels = from + u.row * s.stride_h;
         if (s.access != Access::rows) {
           inside_[pass] = pixels_inside(w, p_.width);
           load_elements(raw_[pass], pixels + u.column * s.stride_w, s.access, s.stride_c,
                         s.stride_w, channels, inside_[pass]);
-        } else if (w >= 0 && w < p_.width) {
+        } else if (lies_in(w, p_.width)) {
           inside_[pass] = kAllInside;
           if (channels >= 8)
             load_rows(raw_[pass], pixels + u.column, s.stride_c, 8);

@@ -117,7 +117,9 @@ __device__ void Block<Tr>::finish_backward() {
   static_assert(kColumns / kPixelsALoad == 16);
   const Job job = *job_;
   const int first = warp * 2 + lane / 16, vector = lane % 16 * kPixelsALoad;
-  const bool relu = p_.relu, through_psi = p_.scale || relu;
+  const bool through_psi = p_.scale || p_.relu, by_rows = p_.by_rows;
+  const float least_kept = p_.relu ? __uint_as_float(1) : -INFINITY;  // by the ReLU: above zero
+  const int rows = min(R, p_.height - row_);
   auto at = [&](const View& v) {
     return static_cast<T*>(v.data) +
            (v.data ? direct::offset_of(v, n_, first, row_, column_ + vector) : 0);
@@ -132,14 +134,14 @@ __device__ void Block<Tr>::finish_backward() {
     float to_scale = 0, to_shift = 0;
 #pragma unroll
     for (int y = 0; y < R; ++y) {
-      if (!there || row_ + y >= p_.height) continue;
+      if (!there || y >= rows) continue;
       const float4 four =
           *reinterpret_cast<const float4*>(staged + output * pitch + y * kColumns + vector);
       float gradient[4] = {four.x, four.y, four.z, four.w};
       if (through_psi) {
         const T* row = x + y * job.x.stride_h;
         uint2 pixels;
-        if (p_.by_rows) {
+        if (by_rows) {
           pixels = __ldg(reinterpret_cast<const uint2*>(row));
         } else {
           const uint32_t inside = pixels_inside(column_ + vector, p_.width);
@@ -150,14 +152,13 @@ __device__ void Block<Tr>::finish_backward() {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float v = element<T>(pixels, e);
-          const bool cut = relu & (fmaf(v, scale, shift) <= 0);  // NaN passes; no branch
-          gradient[e] = cut ? 0.f : gradient[e];
+          gradient[e] = fmaf(v, scale, shift) < least_kept ? 0.f : gradient[e];  // NaN passes
           to_scale = fmaf(gradient[e], v, to_scale);
           to_shift += gradient[e];
         }
       }
       if (!job.out.data) continue;
-      if (!p_.by_rows) {
+      if (!by_rows) {
         *reinterpret_cast<float4*>(staged + output * pitch + y * kColumns + vector) = {
             gradient[0] * scale, gradient[1] * scale, gradient[2] * scale, gradient[3] * scale};
         continue;
@@ -178,7 +179,7 @@ __device__ void Block<Tr>::finish_backward() {
                      2 +
                  upper] = sum;
   }
-  if (p_.by_rows || !job.out.data) return;
+  if (by_rows || !job.out.data) return;
   __syncthreads();
   write_elements(job.out,
                  [&](int output, int pixel) { return narrow<T>(staged[output * pitch + pixel]); });

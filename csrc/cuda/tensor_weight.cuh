@@ -6,7 +6,10 @@
 // channels of one source, their three rows of taps and up to 8 * kMostTiles outputs, and walks down
 // its part of the map in steps of the dilation: a row of psi(x) is staged once, as in the forward
 // pass (tensor.cuh), and stays for the three rows of the gradient that it meets; the gradient is
-// staged as it lies in memory. A warp owns a row of taps and a row of the step.
+// staged by outputs. A warp owns a row of taps and a row of the step.
+//
+// Rows of taps that meet padding are left out. An infinity or a NaN of the gradient therefore stays
+// out of them, while plain torch multiplies it with the padding's zeros and makes NaN.
 #pragma once
 
 #include "tensor.cuh"
@@ -99,7 +102,7 @@ class WeightBlock {
     if (job_.access != Access::rows) {
       inside_ = pixels_inside(w, p_.width);
       load_elements(raw_, from, job_.access, job_.stride_c, job_.stride_w, channels, inside_);
-    } else if (w >= 0 && w < p_.width) {
+    } else if (lies_in(w, p_.width)) {
       inside_ = kAllInside;
       load_rows(raw_, from, job_.stride_c, channels);
     }

@@ -67,7 +67,7 @@ BUGS = [
     ),
     Bug(
         "off_by_one_load",
-        (Change("tensor.cuh", "h < 0 || h >= p_.height", "h < 0 || h > p_.height"),),
+        (Change("tensor.cuh", "lies_in(h, p_.height)", "lies_in(h, p_.height + 1)"),),
         "outside every buffer",
     ),
     Bug(
