@@ -16,7 +16,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
 from . import block_layers, ops
-from ._layout import autocast_dtype_for, is_channels_last
+from ._layout import autocast_dtype_for, dtype_for, is_channels_last
 from .backends import cpu
 from .block_params import ConvParams, D2Params, Norm, NormParams
 
@@ -54,6 +54,9 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
     if len(kernel) != 2 or any(side % 2 != 1 for side in kernel) or math.prod(kernel) > MOST_TAPS:
         return False
     in_channels = sum(part.shape[1] for part in parts)
+    dtype = params.convs[0].weight.dtype
+    if dtype not in (x.dtype, dtype_for(x)):  # autocast casts x alone
+        return False
     if len(params.norms) != layers or growth * layers < FEWEST_CHANNELS:
         return False
     for i, (conv, normalisation) in enumerate(zip(params.convs, params.norms, strict=True)):
@@ -69,7 +72,7 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
         if normalisation.eps != params.norms[0].eps:
             return False
         of_conv = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
-        if any(t.dtype != x.dtype or t.device != x.device for t in of_conv):
+        if any(t.dtype != dtype or t.device != x.device for t in of_conv):
             return False
         if conv.bias is not None and conv.bias.shape != conv.weight.shape[:1]:
             return False
@@ -158,8 +161,9 @@ class _Arguments(NamedTuple):
 
     def block(self, options: _Options) -> Tensor:
         """The same block layer by layer; running statistics stay as they are."""
+        dtype = self.parts[0].dtype
         convs = [
-            ConvParams(w, b if b.numel() else None)
+            ConvParams(w.to(dtype), b.to(dtype) if b.numel() else None)
             for w, b in zip(self.weights, self.biases, strict=True)
         ]
         norms = []
