@@ -77,12 +77,16 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
 
 
 def serves_parts(parts: Sequence[Tensor]) -> bool:
-    """Whether convolving several tensors is as fast as concatenating them first."""
+    """Whether convolving several tensors is as fast as concatenating them first.
+
+    In channels_last it is, and where some are not, copying those costs less than copying all.
+    """
     if len(parts) == 1 or torch.compiler.is_exporting() or cpu.why_not(()) is not None:
         return False
-    return autocast_dtype_for(parts[0]) is None and all(
-        part.device.type == "cpu" and part.dtype == torch.float32 and is_channels_last(part)
-        for part in parts
+    return (
+        autocast_dtype_for(parts[0]) is None
+        and all(part.device.type == "cpu" and part.dtype == torch.float32 for part in parts)
+        and any(is_channels_last(part) for part in parts)
     )
 
 

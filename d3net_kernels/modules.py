@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -229,18 +228,27 @@ class NormConv2d(nn.Module):
         Raises:
             TypeError, ValueError: x is of the wrong kind or has other channels than C.
         """
-        norm = cast(nn.Module, self.norm)
-        if not isinstance(norm, nn.BatchNorm2d):
-            y = norm(reference.concatenated(x))
-            out: Tensor = self.conv(y.relu() if self.relu else y)
-            return out
-        conv = _conv_params(self.conv)
-        # Before the norm counts the batch.
-        checks.block_input(x, conv.weight, _takes_batch_statistics(self.norm), None)
-        return norm_conv2d(x, conv, _norm_params(self.norm), relu=self.relu)
+        return norm_then_conv(x, self.norm, self.conv, relu=self.relu)
 
     def extra_repr(self) -> str:
         return f"relu={self.relu}"
+
+
+def norm_then_conv(
+    x: Tensor | Sequence[Tensor], norm: nn.Module, conv: nn.Conv2d, *, relu: bool = True
+) -> Tensor:
+    """:class:`NormConv2d` of modules that stand apart; arguments and errors are those of its call.
+
+    `conv` has stride 1, "same" padding and one group.
+    """
+    if not isinstance(norm, nn.BatchNorm2d):
+        y = norm(reference.concatenated(x))
+        out: Tensor = conv(y.relu() if relu else y)
+        return out
+    params = _conv_params(conv)
+    # Before the norm counts the batch.
+    checks.block_input(x, params.weight, _takes_batch_statistics(norm), None)
+    return norm_conv2d(x, params, _norm_params(norm), relu=relu)
 
 
 def _conv_params(conv: nn.Module) -> ConvParams:
