@@ -345,11 +345,8 @@ class Transition(nn.Module):
 
     def forward(self, x: Parts) -> Tensor:
         """(N, C, H, W) -> (N, C // 2, H // 2, W // 2)."""
-        reduced = self.reduce(x)
-        height, width = (side // 2 for side in reduced.shape[2:])
-        # The mean of 2x2 pixels, but unlike F.avg_pool2d this keeps nothing for backward.
-        even = reduced[:, :, : 2 * height, : 2 * width]
-        return F.interpolate(even, (height, width), mode="bilinear", align_corners=False)
+        # At this scale the mean of 2x2 pixels, but F.avg_pool2d would keep its input for backward.
+        return F.interpolate(self.reduce(x), scale_factor=0.5, mode="bilinear", align_corners=False)
 
 
 class Upsample(nn.Module):
