@@ -16,7 +16,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
 from . import block_layers, ops
-from ._layout import autocast_dtype_for, is_channels_last
+from ._layout import autocast_dtype_for, dtype_for, is_channels_last
 from .backends import cpu
 from .block_params import ConvParams, D2Params, Norm, NormParams
 
@@ -50,7 +50,9 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
     if not x.is_cpu or x.numel() == 0 or cpu.why_not(()) is not None:
         return False
     convs, norms = params
-    layers, dtype = len(convs), x.dtype
+    layers, dtype = len(convs), convs[0].weight.dtype
+    if dtype not in (x.dtype, dtype_for(x)):  # autocast casts x alone
+        return False
     growth, _, *kernel = convs[-1].weight.shape
     if len(kernel) != 2 or any(side % 2 != 1 for side in kernel) or math.prod(kernel) > MOST_TAPS:
         return False
@@ -171,8 +173,9 @@ class _Arguments(NamedTuple):
 
     def block(self, options: _Options) -> Tensor:
         """The same block layer by layer; running statistics stay as they are."""
+        dtype = self.parts[0].dtype
         convs = [
-            ConvParams(w, b if b.numel() else None)
+            ConvParams(w.to(dtype), b.to(dtype) if b.numel() else None)
             for w, b in zip(self.weights, self.biases, strict=True)
         ]
         norms = []
