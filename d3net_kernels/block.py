@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, block_layers, block_node, checks, reference
-from ._layout import autocast_dtype_for
+from ._layout import autocast_dtype_for, channels_last
 from .block_params import ConvParams, D2Params, Norm, NormParams, Processes
 from .functional import multidilated_conv2d
 
@@ -102,6 +102,7 @@ def norm_conv2d(
     may = backends.forced_for(parts) in (None, "cpu")
     if norm is None:
         if may and block_node.serves_parts(parts):
+            parts = [channels_last(part) for part in parts]
             ones = [1] * len(parts)
             return multidilated_conv2d(parts, conv.weight, conv.bias, dilations=ones)
     elif may:
