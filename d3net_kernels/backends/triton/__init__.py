@@ -20,7 +20,7 @@ from torch import Tensor
 from ... import checks
 
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 and TF32
-MOST_SOURCES = 64  # their numbers travel as arguments of the kernel, which hold 4 KB
+MOST_SOURCES = 64  # their numbers travel as arguments of the kernel: 8 KB of 32
 
 
 def interpreted() -> bool:
