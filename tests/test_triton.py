@@ -17,7 +17,7 @@ from d3net_kernels.__main__ import main
 
 pytest.importorskip("triton")
 
-from d3net_kernels.backends.triton import configs, launch, views
+from d3net_kernels.backends.triton import configs, dispatch, launch, views
 from d3net_kernels.backends.triton.kernels import parts
 
 TESTS = Path(__file__).parent
@@ -160,12 +160,31 @@ def test_no_tf32_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
         is_cuda, dtype = True, torch.float32
 
     before = torch.backends.cudnn.conv.fp32_precision
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
-    assert launch._precision(Tensor()) == "tf32"  # type: ignore[arg-type]
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert launch._precision(Tensor()) == "ieee"  # type: ignore[arg-type]
-    monkeypatch.undo()
-    assert torch.backends.cudnn.conv.fp32_precision == before
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    try:
+        assert launch._precision(Tensor()) == "tf32"  # type: ignore[arg-type]
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert launch._precision(Tensor()) == "ieee"  # type: ignore[arg-type]
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_compiler_asks_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question would break its graph; the operator itself refuses where it runs."""
+
+    class Tensor:
+        device = torch.device("cuda", 0)
+        dtype = torch.float32
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert dk.why_not("triton", Tensor()) is None  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    forward = dispatch._kernel_or_error("forward", 0)
+    with pytest.raises(RuntimeError, match="triton backend is not available: GPU is sm_75"):
+        forward([Tensor()])
 
 
 def test_cache_round_trip(tmp_path: Path) -> None:
