@@ -32,6 +32,7 @@ struct Part {
 
 struct D2Problem {
   DType dtype = DType::float32;
+  DType weight_dtype = DType::float32;  // dtype, or float32 next to 16 bits
   int64_t batch = 0, height = 0, width = 0;
   int64_t in_channels = 0, growth = 0, layers = 0;
   int64_t out_layers = 0;  // how many of the last layers are the result

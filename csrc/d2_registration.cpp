@@ -44,6 +44,7 @@ class BlockCall {
                         running_variances.size() == layers && use_batch.size() == layers,
                     "d2_block: there must be one convolution and one norm a layer");
     problem.dtype = dtype_of(x);
+    problem.weight_dtype = dtype_of(weights[0]);
     problem.batch = x.size(0);
     problem.height = x.size(2);
     problem.width = x.size(3);
@@ -61,6 +62,10 @@ class BlockCall {
     STD_TORCH_CHECK(problem.kernel_h % 2 == 1 && problem.kernel_w % 2 == 1 &&
                         problem.kernel_h * problem.kernel_w <= cpu::kMostTaps,
                     "d2_block: kernels must have odd sides and at most 64 taps");
+    STD_TORCH_CHECK(
+        problem.weight_dtype == problem.dtype ||
+            (problem.weight_dtype == DType::float32 && problem.dtype != DType::float64),
+        "d2_block: weights must have x's dtype, or float32 next to bfloat16 and float16");
     STD_TORCH_CHECK(out_layers >= 1 && out_layers <= problem.layers,
                     "d2_block: out_layers must lie between 1 and the number of layers");
     for (size_t i = 0; i < layers; ++i) {
@@ -69,8 +74,8 @@ class BlockCall {
       STD_TORCH_CHECK(
           w.dim() == 4 && w.size(0) == problem.growth * (problem.layers - source) &&
               w.size(1) == channels && w.size(2) == problem.kernel_h &&
-              w.size(3) == problem.kernel_w && w.is_cpu() && dtype_of(w) == problem.dtype,
-          "d2_block: a weight must be (k (L - i), C_i, kh, kw) with x's dtype and device");
+              w.size(3) == problem.kernel_w && w.is_cpu() && dtype_of(w) == problem.weight_dtype,
+          "d2_block: a weight must be (k (L - i), C_i, kh, kw) on x's device, all of one dtype");
       convs_.push_back({weight_of(w), vector(biases[i], w.size(0))});
       const int64_t normed = per_layer ? problem.first_channel(source) + channels : channels;
       norms_.push_back({vector(norm_weights[i], normed), vector(norm_biases[i], normed), nullptr,

@@ -43,8 +43,25 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Parts) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
+        folded = folded_norm(self.conv, self.norm)
+        if folded is not None:
+            return F.relu(norm_conv2d(x, folded, None), inplace=True)
         made = norm_conv2d(x, ConvParams(self.conv.weight, self.conv.bias), None)
         return F.relu(self.norm(made), inplace=True)
+
+
+def folded_norm(conv: nn.Conv2d, norm: nn.Module) -> ConvParams | None:
+    """One convolution in place of `conv` and the normalisation of its result by running statistics.
+
+    It saves a pass over the result, and differentiates to the same gradients. None where `norm`
+    takes batch statistics, or is no nn.BatchNorm2d.
+    """
+    if not isinstance(norm, nn.BatchNorm2d) or norm.training or norm.running_mean is None:
+        return None
+    assert norm.running_var is not None
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    return ConvParams(conv.weight * scale[:, None, None, None], norm.bias - mean * scale)
 
 
 class SingleDilationD2Block(D2Block):
@@ -328,7 +345,8 @@ class Transition(nn.Module):
 
     def forward(self, x: Parts) -> Tensor:
         """(N, C, H, W) -> (N, C // 2, H // 2, W // 2)."""
-        return F.avg_pool2d(self.reduce(x), 2)
+        # At this scale the mean of 2x2 pixels, but F.avg_pool2d would keep its input for backward.
+        return F.interpolate(self.reduce(x), scale_factor=0.5, mode="bilinear", align_corners=False)
 
 
 class Upsample(nn.Module):

@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from d3net.separation import SeparationConfig
 
 SMALLEST_IMAGE = 29  # pixels a side, for one pixel at the coarsest scale: (29 + 3) // 4 // 8
+
+
+def has_memory(model: nn.Module) -> None:
+    """A model that values can be copied into and from: nothing of it is on the meta device."""
+    for name, t in model.state_dict().items():
+        if t.is_meta:
+            raise ValueError(
+                f"model has no memory for its values ({name} is on the meta device); give it some "
+                "first: model.to_empty(device='cpu'), then model.reset_parameters()"
+            )
 
 
 def images(images: Tensor, weight: Tensor, training: bool) -> None:

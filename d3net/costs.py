@@ -8,13 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from d3net.blocks import ConvNorm
+from d3net.heads import FCNHead
 from d3net.registry import create_model, find, list_models
 from d3net_kernels import D2Block, NormConv2d
+
+# Modules whose every weight is applied once at each position; those that call none of them.
+COUNTED = (nn.Conv2d, nn.ConvTranspose2d, D2Block, NormConv2d, ConvNorm, FCNHead)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Trainable parameters, multiply-accumulates of the convolutions, and for which input."""
+    """Trainable parameters, multiply-accumulates of the convolutions, and for which input.
+
+    As the network is defined: the heads, for one, convolve before they resize and take fewer.
+    """
 
     parameters: int
     macs: int
@@ -29,7 +36,7 @@ def cost(name: str) -> Cost:
     """
     shape = find(name).input_shape
     with torch.device("meta"), torch.no_grad():
-        model = create_model(name).eval()
+        model = create_model(name)  # in training mode, which folds no convolution into another
         macs = 0
 
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -40,7 +47,7 @@ def cost(name: str) -> Cost:
             macs += positions.shape[0] * positions.shape[2] * positions.shape[3] * weights
 
         for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, D2Block, NormConv2d, ConvNorm)):
+            if isinstance(module, COUNTED):
                 module.register_forward_hook(count)
         model(torch.empty(shape))
     parameters = sum(p.numel() for p in model.parameters())

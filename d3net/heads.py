@@ -8,35 +8,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d3net.blocks import ConvNorm
+from d3net.blocks import ConvNorm, Parts
+from d3net_kernels.modules import norm_then_conv
 
 OCR_CHANNELS = 512
 OCR_KEY_CHANNELS = 256
 
 
-def join_scales(features: Sequence[Tensor]) -> Tensor:
-    """Features (N, C_s, H_s, W_s), finest first -> (N, sum C_s, H_1, W_1), bilinearly resized."""
-    size = features[0].shape[2:]
-    resized = [F.interpolate(f, size, mode="bilinear", align_corners=False) for f in features[1:]]
-    return torch.cat([features[0], *resized], 1)
+class MixedScales(ConvNorm):
+    """A 1x1 convolution of several scales, normalisation, ReLU: each pixel reads all of them.
+
+    It is defined on features resized bilinearly to the finest scale and concatenated. But a 1x1
+    convolution and a resizing whose weights add up to 1 commute, so every scale is convolved as
+    small as it is, and the sum of the resized results is all that is made at the finest scale.
+    """
+
+    def raw(self, features: Sequence[Tensor]) -> Tensor:
+        """Features (N, C_s, H_s, W_s), finest first -> (N, K, H_1, W_1) before normalisation."""
+        weights = self.conv.weight.split([f.shape[1] for f in features], 1)
+        mixed = F.conv2d(features[0], weights[0], self.conv.bias)
+        for feature, weight in zip(features[1:], weights[1:], strict=True):
+            mixed += resized(F.conv2d(feature, weight), mixed)
+        return mixed
+
+    def forward(self, features: Parts) -> Tensor:
+        """Features (N, C_s, H_s, W_s), finest first -> (N, K, H_1, W_1)."""
+        return F.relu(self.norm(self.raw(list(features))), inplace=True)
+
+
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, height and width of `like`), bilinearly."""
+    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
 
 class FCNHead(nn.Module):
     """A 1x1 convolution that mixes the scales, and a 1x1 convolution to the classes.
 
-    Takahashi & Mitsufuji, CVPR 2021, section 6.1, "Model architecture".
+    Takahashi & Mitsufuji, CVPR 2021, section 6.1, "Model architecture". `mix` and `classify` hold
+    the parameters; they are never called themselves.
     """
 
     def __init__(self, feature_channels: Sequence[int], num_classes: int) -> None:
         super().__init__()
         channels = sum(feature_channels)
-        self.mix = ConvNorm(channels, channels)
+        self.mix = MixedScales(channels, channels)
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Features, finest first -> logits (N, num_classes, H_1, W_1)."""
-        logits: Tensor = self.classify(self.mix(join_scales(features)))
-        return logits
+        return norm_then_conv(self.mix.raw(features), self.mix.norm, self.classify)
 
 
 class OCRHead(nn.Module):
@@ -52,7 +72,7 @@ class OCRHead(nn.Module):
     def __init__(self, feature_channels: Sequence[int], num_classes: int) -> None:
         super().__init__()
         wide, keys = OCR_CHANNELS, OCR_KEY_CHANNELS
-        self.mix = ConvNorm(sum(feature_channels), wide)
+        self.mix = MixedScales(sum(feature_channels), wide)
         self.coarse = nn.Conv2d(wide, num_classes, 1)
         self.pixels = ConvNorm(wide, wide, 3)
         self.query = nn.Sequential(ConvNorm(wide, keys), ConvNorm(keys, keys))
@@ -68,12 +88,12 @@ class OCRHead(nn.Module):
 
     def with_coarse(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and the coarse logits, which the training has to supervise too."""
-        mixed = self.mix(join_scales(features))
+        mixed = self.mix(features)
         coarse = self.coarse(mixed)
         pixels = self.pixels(mixed)
         objects = _gather(coarse, pixels)
         context = self.expand(_attend(self.query(pixels), self.key(objects), self.value(objects)))
-        return self.classify(self.fuse(torch.cat([context, pixels], 1))), coarse
+        return self.classify(self.fuse([context, pixels])), coarse
 
 
 def _gather(coarse: Tensor, pixels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from d3net import hub
+from d3net import checks, hub
 from d3net.files import path_of, replacing
 
 CONFIG_FILE = "config.json"
@@ -43,7 +43,9 @@ class Pretrained(nn.Module):
 
         Raises:
             OSError: `folder` is a file, or cannot be written to; files that were there stay.
+            ValueError: the network is on the meta device.
         """
+        checks.has_memory(self)
         folder = path_of("folder", folder)
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"folder is {folder}, which is a file; accepted is a folder")
@@ -113,8 +115,10 @@ def load_safetensors(path: str | Path, model: nn.Module) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or its names or shapes do not fit.
+        ValueError: the file is damaged, its names or shapes do not fit, or the model is on the meta
+            device.
     """
+    checks.has_memory(model)
     if not path_of("path", path).is_file():
         raise FileNotFoundError(f"{path} is missing; accepted is a .safetensors file")
     try:

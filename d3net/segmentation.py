@@ -14,8 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d3net import checks, initialise
-from d3net.blocks import ConcatD3Block, ConvNorm, Dilation, Norm, Transition, set_checkpointing
-from d3net.heads import FCNHead, OCRHead
+from d3net.blocks import (
+    ConcatD3Block,
+    ConvNorm,
+    Dilation,
+    Norm,
+    Transition,
+    folded_norm,
+    set_checkpointing,
+)
+from d3net.heads import FCNHead, OCRHead, resized
 from d3net.pretrained import Pretrained
 from d3net_kernels.checks import positive_int, positive_ints
 
@@ -99,7 +107,12 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, ceil(H / 4), ceil(W / 4))."""
-        out: Tensor = self.conv2(F.relu(self.norm(self.conv1(x)), inplace=True))
+        folded = folded_norm(self.conv1, self.norm)
+        if folded is None:
+            made = self.norm(self.conv1(x))
+        else:
+            made = F.conv2d(x, *folded, stride=2, padding=1)
+        out: Tensor = self.conv2(F.relu(made, inplace=True))
         return out
 
 
@@ -192,7 +205,7 @@ class SegmentationNet(Pretrained):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) -> logits (N, num_classes, H, W)."""
-        return _resize(self.head(self.backbone(images)), images)
+        return resized(self.head(self.backbone(images)), images)
 
     def forward_with_coarse(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The logits, and those of the OCR head's coarse map, both (N, num_classes, H, W).
@@ -205,12 +218,8 @@ class SegmentationNet(Pretrained):
                 f"the head is {self.config.head!r}; only 'ocr' has coarse logits, call the model"
             )
         logits, coarse = self.head.with_coarse(self.backbone(images))
-        return _resize(logits, images), _resize(coarse, images)
+        return resized(logits, images), resized(coarse, images)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether D2 blocks are computed again in backward instead of keeping what they make."""
         set_checkpointing(self, enable)
-
-
-def _resize(logits: Tensor, images: Tensor) -> Tensor:
-    return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)

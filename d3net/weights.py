@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from d3net import checks
 from d3net.files import path_of, replacing
 from d3net.official_names import Official, official_parameters
 
@@ -62,11 +63,12 @@ def load_nnabla_h5(path: str | Path, model: nn.Module, *, strict: bool = True) -
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no HDF5 or is damaged, or (strict) it does not fit the model; the
-            message lists every name. The model stays as it was.
+            message lists every name. The model stays as it was. Or the model is on the meta device.
         TypeError: the official release has no such network, or `path` is no path.
         ModuleNotFoundError: h5py is not installed.
     """
     wanted = official_parameters(model)
+    checks.has_memory(model)
     arrays = read_h5(path)
     report = compare(wanted, arrays)
     if not report.loaded:
@@ -85,11 +87,13 @@ def save_nnabla_h5(path: str | Path, model: nn.Module) -> None:
 
     Raises:
         TypeError: the official release has no such network, or `path` is no path.
+        ValueError: the model is on the meta device.
         OSError: the file cannot be written; what was there before stays.
         ModuleNotFoundError: h5py is not installed.
     """
     h5py = _h5py()
     named = official_parameters(model)
+    checks.has_memory(model)
     with replacing(path_of("path", path)) as part, h5py.File(part, "w") as file:
         for index, (name, official) in enumerate(named.items()):
             array = official.tensor.detach().to("cpu", torch.float32).numpy()

@@ -18,6 +18,11 @@ def is_channels_last(t: Tensor) -> bool:
     return bool(t.stride(1) == 1 and channels > 1 and height * width > 1)
 
 
+def channels_last(t: Tensor) -> Tensor:
+    """`t`, or a copy of it whose channels are adjacent."""
+    return t if is_channels_last(t) else t.contiguous(memory_format=torch.channels_last)
+
+
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """A dense tensor of `shape` (N, C, H, W) with dtype, device and channel order of `like`."""
     n, c, h, w = shape

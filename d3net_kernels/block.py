@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, block_layers, block_node, checks, reference
-from ._layout import autocast_dtype_for
+from ._layout import autocast_dtype_for, channels_last
 from .block_params import ConvParams, D2Params, Norm, NormParams, Processes
 from .functional import multidilated_conv2d
 
@@ -31,7 +31,9 @@ def d2_block(
 
     float32 follows torch's switches, `torch.backends.mkldnn.conv.fp32_precision` or else
     `torch.set_float32_matmul_precision`: "highest" (the default) errs no more than plain torch,
-    "high" and "medium" allow transforms on larger tiles, with two to three times its error.
+    "high" allows transforms on larger tiles, with two to three times its error, and "medium" also
+    products of numbers rounded to bfloat16, where the CPU has them and few taps are alive. Under
+    torch.autocast x is cast, and with the compiled CPU kernels the weights are not.
 
     Args:
         x: x_0, (N, C_0, H, W) of float32, float64, bfloat16 or float16; or a list of tensors whose
@@ -66,10 +68,10 @@ def d2_block(
                 "process_group=None, or leave the choice of the backend out"
             )
         return reference.d2_block(parts, params, norm=norm, out_layers=out_layers)
-    parts, params = _as_autocast(parts, params)
+    parts = _as_autocast(parts)
     if group is None and forced in (None, "cpu") and block_node.serves(parts, params, norm):
         return block_node.d2_block(parts, params, norm, out_layers)
-    return block_layers.d2_block(parts, params, norm, out_layers, group)
+    return block_layers.d2_block(parts, _cast(params, parts[0].dtype), norm, out_layers, group)
 
 
 def norm_conv2d(
@@ -100,25 +102,25 @@ def norm_conv2d(
     may = backends.forced_for(parts) in (None, "cpu")
     if norm is None:
         if may and block_node.serves_parts(parts):
+            parts = [channels_last(part) for part in parts]
             ones = [1] * len(parts)
             return multidilated_conv2d(parts, conv.weight, conv.bias, dilations=ones)
     elif may:
         params = D2Params([conv], [norm])
-        cast_parts, cast_params = _as_autocast(parts, params)
-        if block_node.serves(cast_parts, cast_params, "per_source"):
-            return block_node.d2_block(cast_parts, cast_params, "per_source", 1, relu)
+        cast = _as_autocast(parts)
+        if block_node.serves(cast, params, "per_source"):
+            return block_node.d2_block(cast, params, "per_source", 1, relu)
     return reference.norm_conv2d(parts, conv, norm, relu=relu)
 
 
-def _as_autocast(parts: list[Tensor], params: D2Params) -> tuple[list[Tensor], D2Params]:
+def _as_autocast(parts: list[Tensor]) -> list[Tensor]:
+    """What autocast does to x. The node's weights stay as they are: it packs them anyway."""
     dtype = autocast_dtype_for(parts[0])
-    if dtype is None:
-        return parts, params
-    return [part.to(dtype) for part in parts], _cast(params, dtype)  # once, and not once per layer
+    return parts if dtype is None else [part.to(dtype) for part in parts]
 
 
 def _cast(params: D2Params, dtype: torch.dtype) -> D2Params:
-    """As autocast does: what is convolved with is cast, the norms are not."""
+    """As autocast does, once and not once per layer: the convolutions, not the norms."""
     convs = [
         conv._replace(
             weight=conv.weight.to(dtype), bias=None if conv.bias is None else conv.bias.to(dtype)

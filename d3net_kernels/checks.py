@@ -17,6 +17,7 @@ from .block_params import Processes
 
 Dilations: TypeAlias = Sequence[int | tuple[int, int]]
 
+MOST_DEFAULT_SOURCES = 31  # so that 2**i stays below 2**31, as every dilation has to
 ACCEPTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -108,6 +109,12 @@ def sources_match(inputs: Sequence[Tensor] | Tensor, in_channels: Sequence[int])
 def flat_dilations(dilations: Dilations | None, sources: int) -> list[int]:
     """Dilations as dh0, dw0, dh1, dw1, ...; None stands for 2**i, the paper's choice (eq. 2)."""
     if dilations is None:
+        if sources > MOST_DEFAULT_SOURCES:
+            raise ValueError(
+                f"dilations is None, which stands for 2**i, for {sources} sources; accepted is "
+                f"that for up to {MOST_DEFAULT_SOURCES} (dilations are below 2**31), pass one per "
+                "source"
+            )
         return [1 << i for i in range(sources) for _ in (0, 1)]
     if not isinstance(dilations, (list, tuple)):
         raise TypeError(
@@ -208,6 +215,11 @@ def block_options(norm: str, out_layers: int | None, layers: int) -> int:
     """Check the choices of a D2 block; return how many layers leave it."""
     if norm not in ("per_source", "per_layer"):
         raise ValueError(f"norm is {norm!r}; accepted are 'per_source' and 'per_layer'")
+    if not 1 <= layers <= MOST_DEFAULT_SOURCES:
+        raise ValueError(
+            f"num_layers, or the number of params.convs, is {layers}; accepted are "
+            f"1..{MOST_DEFAULT_SOURCES} (the dilation of source i is 2**i, below 2**31)"
+        )
     if out_layers is None:
         return layers
     if positive_int("out_layers", out_layers) > layers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -154,10 +153,11 @@ class D2Block(nn.Module):
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """x_0 (N, C_0, H, W), or a list of its parts, to (N, k * out_layers, H, W), raw outputs."""
         convs = [_conv_params(conv) for conv in self.convs]
-        batch_statistics = any(_takes_batch_statistics(norm) for norm in self.norms)
-        # Before the norms count the batch.
-        checks.block_input(x, convs[0].weight, batch_statistics, self.process_group)
         norms = [_norm_params(norm) for norm in self.norms]
+        if any(norm.use_batch_statistics for norm in norms):
+            # Before the norms count the batch.
+            checks.block_input(x, convs[0].weight, True, self.process_group)
+            norms = [_counted(norm, params) for norm, params in zip(self.norms, norms, strict=True)]
         return d2_block(
             x,
             D2Params(convs, norms),
@@ -229,18 +229,29 @@ class NormConv2d(nn.Module):
         Raises:
             TypeError, ValueError: x is of the wrong kind or has other channels than C.
         """
-        norm = cast(nn.Module, self.norm)
-        if not isinstance(norm, nn.BatchNorm2d):
-            y = norm(reference.concatenated(x))
-            out: Tensor = self.conv(y.relu() if self.relu else y)
-            return out
-        conv = _conv_params(self.conv)
-        # Before the norm counts the batch.
-        checks.block_input(x, conv.weight, _takes_batch_statistics(self.norm), None)
-        return norm_conv2d(x, conv, _norm_params(self.norm), relu=self.relu)
+        return norm_then_conv(x, self.norm, self.conv, relu=self.relu)
 
     def extra_repr(self) -> str:
         return f"relu={self.relu}"
+
+
+def norm_then_conv(
+    x: Tensor | Sequence[Tensor], norm: nn.Module, conv: nn.Conv2d, *, relu: bool = True
+) -> Tensor:
+    """:class:`NormConv2d` of modules that stand apart; arguments and errors are those of its call.
+
+    `conv` has stride 1, "same" padding and one group.
+    """
+    if not isinstance(norm, nn.BatchNorm2d):
+        y = norm(reference.concatenated(x))
+        out: Tensor = conv(y.relu() if relu else y)
+        return out
+    conv_params, norm_params = _conv_params(conv), _norm_params(norm)
+    if norm_params.use_batch_statistics:
+        # Before the norm counts the batch.
+        checks.block_input(x, conv_params.weight, True, None)
+        norm_params = _counted(norm, norm_params)
+    return norm_conv2d(x, conv_params, norm_params, relu=relu)
 
 
 def _conv_params(conv: nn.Module) -> ConvParams:
@@ -248,29 +259,32 @@ def _conv_params(conv: nn.Module) -> ConvParams:
     return ConvParams(conv.weight, conv.bias)
 
 
-def _takes_batch_statistics(norm: nn.Module) -> bool:
+def _norm_params(norm: nn.Module) -> NormParams:
+    """What nn.BatchNorm2d would do with its next batch, if it need not be counted."""
     if not isinstance(norm, nn.BatchNorm2d):
         raise TypeError(
             f"a norm of this D2Block is of type {type(norm).__name__}; accepted is nn.BatchNorm2d "
             "(do not convert to SyncBatchNorm, set the block's process_group)"
         )
-    return norm.training or norm.running_mean is None
-
-
-def _norm_params(norm: nn.Module) -> NormParams:
-    """What nn.BatchNorm2d would do with its next batch; counts the batch as it does."""
-    assert isinstance(norm, nn.BatchNorm2d)
-    momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # a tensor, so that the cumulative average does not synchronise
-            momentum = 1 / norm.num_batches_tracked.to(norm.weight.dtype)
+    running_mean = norm.running_mean
     return NormParams(
         norm.weight,
         norm.bias,
-        norm.running_mean,
+        running_mean,
         norm.running_var,
-        _takes_batch_statistics(norm),
-        momentum,
+        norm.training or running_mean is None,
+        0.0 if norm.momentum is None else norm.momentum,
         norm.eps,
     )
+
+
+def _counted(norm: nn.Module, params: NormParams) -> NormParams:
+    """Count the next batch as nn.BatchNorm2d does; `params` with the momentum that follows."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    if not norm.training or norm.num_batches_tracked is None:
+        return params
+    norm.num_batches_tracked.add_(1)
+    if norm.momentum is not None:
+        return params
+    # A tensor, so that the cumulative average does not synchronise.
+    return params._replace(momentum=1 / norm.num_batches_tracked.to(norm.weight.dtype))

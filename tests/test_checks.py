@@ -132,6 +132,17 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dilation None": ({"dilations": [1, None]}, TypeError, "dilations[1] is None"),
     "dilation a triple": ({"dilations": [(1, 2, 3), 2]}, TypeError, "dilations[0] is (1, 2, 3)"),
     "dilation beyond int32": ({"dilations": [1, 2**31]}, ValueError, "dilations[1] is"),
+    "too many sources for 2**i": (
+        {
+            "inputs": [torch.randn(2, 1, 5, 6)] * 32,
+            "weight": torch.randn(4, 32, 3, 3),
+            "dilations": None,
+            "scale": None,
+            "shift": None,
+        },
+        ValueError,
+        "dilations is None, which stands for 2**i, for 32 sources",
+    ),
     "scale alone": ({"shift": None}, ValueError, "scale was given without shift"),
     "shift alone": ({"scale": None}, ValueError, "shift was given without scale"),
     "scale too short": ({"scale": torch.randn(4)}, ValueError, "scale has shape (4,)"),
@@ -197,6 +208,7 @@ def test_accepted() -> None:
         ((0, 3, 2), {}, ValueError, "in_channels is 0"),
         ((4, 3.0, 2), {}, TypeError, "growth_rate is 3.0"),
         ((4, 3, 0), {}, ValueError, "num_layers is 0"),
+        ((4, 3, 32), {}, ValueError, "num_layers, or the number of params.convs, is 32; accepted"),
         ((4, 3, 2), {"out_layers": 3}, ValueError, "out_layers is 3; accepted are 1..2"),
         ((4, 3, 2), {"out_layers": 0}, ValueError, "out_layers is 0"),
         ((4, 3, 2), {"norm": "batch"}, ValueError, "norm is 'batch'"),
@@ -226,6 +238,20 @@ def test_block_input_rejected(x: Any, error: type[Exception], message: str) -> N
     with pytest.raises(error, match=re.escape(message)):
         block(x)
     assert all(torch.equal(a, b) for a, b in zip(copy_of_buffers(block), before, strict=True))
+
+
+def test_block_without_layers_rejected() -> None:
+    with pytest.raises(ValueError, match=re.escape("the number of params.convs, is 0; accepted")):
+        dk.d2_block(torch.randn(2, 4, 6, 7), dk.D2Params([], []))
+
+
+def test_most_sources() -> None:
+    """The dilation 2**30 of the last source is right: only its middle tap reaches the map."""
+    inputs = [torch.randn(1, 1, 3, 4, dtype=torch.float64) for _ in range(31)]
+    weight = torch.randn(2, 31, 3, 3, dtype=torch.float64)
+    few = [min(1 << i, 4) for i in range(31)]  # beyond the map all dilations are alike
+    expected = dk.reference.multidilated_conv2d(inputs, weight, dilations=few)
+    torch.testing.assert_close(dk.multidilated_conv2d(inputs, weight), expected)
 
 
 def copy_of_buffers(module: torch.nn.Module) -> list[torch.Tensor]:

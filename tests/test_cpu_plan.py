@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -35,7 +37,8 @@ def test_precision_permits(shape: tuple[int, ...]) -> None:
     """Full float32 keeps to the transforms that err no more than direct sums; float64 to those."""
     assert "F(4x4" not in _plan(shape)
     assert _plan(shape, exact=True).startswith("direct")
-    assert _plan(shape, "high") == _plan(shape, "medium")
+    assert "bfloat16" not in _plan(shape, "high")
+    assert "bfloat16" not in _plan(shape, "medium", exact=True)
 
 
 def test_large_maps_are_transformed() -> None:
@@ -46,6 +49,23 @@ def test_large_maps_are_transformed() -> None:
 def test_dead_taps_decide_for_direct_sums() -> None:
     """Dilation 64 on 16 rows: three taps of nine are alive, a transform would compute all."""
     assert _plan(SHAPES[5], "high").startswith("direct")
+
+
+def test_pairs_of_bfloat16_where_they_pay() -> None:
+    """Two products at once make up for a transform only where few taps are alive."""
+    assert _plan(SHAPES[0], "medium") == _plan(SHAPES[0], "high")
+    few = (64, 64, 16, 100, 64)
+    medium = _plan(few, "medium")
+    assert medium.startswith("direct")
+    if "avx512_bf16" in _cpu_flags() and torch.ops.d3net_kernels.cpu_isa("") == "avx512":
+        assert medium.startswith("direct in pairs of bfloat16")
+    else:
+        assert medium == _plan(few, "high")
+
+
+def _cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    return set(path.read_text().split()) if path.exists() else set()
 
 
 def test_small_maps_are_cut_finer() -> None:

@@ -181,6 +181,29 @@ def test_networks_without_official_weights(
         d3net.load_nnabla_h5(SAMPLE, d3net.create_model(name, **options))
 
 
+@pytest.mark.parametrize("name", ["d3net_s_fcn", "d3net_vocals"])
+def test_model_without_memory(name: str, tmp_path: Path) -> None:
+    """On the meta device a copy would be lost in silence; given memory, the model loads."""
+    source = _randomised(_tiny(name))
+    h5, safetensors = tmp_path / "a.h5", tmp_path / "a.safetensors"
+    d3net.save_nnabla_h5(h5, source)
+    pretrained.save_safetensors(source.state_dict(), safetensors)
+    with torch.device("meta"):
+        model = _tiny(name)
+    for use in (
+        lambda: d3net.load_nnabla_h5(h5, model),
+        lambda: pretrained.load_safetensors(safetensors, model),
+        lambda: d3net.save_nnabla_h5(tmp_path / "b.h5", model),
+        lambda: model.save_pretrained(tmp_path / "b"),
+    ):
+        with pytest.raises(ValueError, match=r"is on the meta device.*to_empty"):
+            use()
+    assert sorted(tmp_path.iterdir()) == [h5, safetensors]
+    model.to_empty(device="cpu").reset_parameters()
+    d3net.load_nnabla_h5(h5, model)
+    _assert_same(model, _state(source))
+
+
 @pytest.mark.parametrize("name", ["d3net_s", "d3net_l_ocr", "d3net_vocals"])
 def test_pretrained_folder(name: str, tmp_path: Path) -> None:
     source = _randomised(_tiny(name))

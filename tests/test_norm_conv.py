@@ -58,6 +58,45 @@ def test_without_relu_too(mode: str, relu: bool, kernel: int) -> None:
         assert error <= 2 * float((other - expected).abs().max()) + floor
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast", "medium"])
+def test_sixteen_bits(how: str, mode: str, kernel: int) -> None:
+    """As near to the truth as plain torch in the same type; pairs of channels end with a part."""
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(how, torch.float32)
+    widths = (33, 20, 9)
+    module = dk.NormConv2d(62, 40, kernel, dtype=dtype).train(mode == "train")
+    given = [torch.randn(2, width, 9, 13).to(dtype) for width in widths]
+    if dtype == torch.float32:  # autocast rounds them, which may decide about a ReLU
+        given = [part.bfloat16().float() for part in given]
+    grad_output = torch.randn(2, 40, 9, 13).to(dtype)
+
+    def results(ours: bool, to: torch.dtype, half: bool) -> list[Tensor]:
+        again = dk.NormConv2d(62, 40, kernel, dtype=to).train(mode == "train")
+        again.load_state_dict(module.state_dict())
+        leaves = [part.to(to).requires_grad_() for part in given]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = again(leaves) if ours else again.conv(again.norm(torch.cat(leaves, 1)).relu())
+        grads = torch.autograd.grad(out, [*leaves, *again.parameters()], grad_output.to(out.dtype))
+        return [out.detach(), *grads]
+
+    autocast = how in ("autocast", "medium")  # plain torch has no medium of its own everywhere
+    truth = results(False, torch.float64, False)
+    plain = results(False, dtype, autocast)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium" if how == "medium" else before)
+        found = results(True, dtype, how == "autocast")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found[0].dtype == (torch.float32 if how == "medium" else plain[0].dtype)
+    eps = torch.finfo(torch.float16 if how == "float16" else torch.bfloat16).eps
+    for ours, expected, other in zip(found, truth, plain, strict=True):
+        assert ours.dtype in (other.dtype, dtype)
+        error = (ours - expected).norm()
+        assert error <= 1.5 * (other - expected).norm() + eps * expected.norm()
+
+
 def test_without_norm() -> None:
     module, parts = module_and_parts()
     conv = dk.ConvParams(module.conv.weight, module.conv.bias)

@@ -46,4 +46,14 @@ void d2_backward(const D2Problem& p, const D2Features& kept, const void* mean, c
   });
 }
 
+std::string d2_plan(const PassShape& shape, int precision, bool exact) {
+  const PassPlan plan = plan_pass(shape, static_cast<Precision>(precision), exact,
+                                  exact ? machine_of<double>() : machine_of<float>());
+  std::string words = name_of(plan.algorithm);
+  if (plan.pairs) words += " in pairs of bfloat16";
+  words += ", " + std::to_string(plan.tiles) + " tiles a task";
+  if (plan.shares > 1) words += ", outputs in " + std::to_string(plan.shares) + " shares";
+  return words;
+}
+
 }  // namespace d3net::cpu::D3NET_ISA

@@ -126,18 +126,21 @@ class D2Block {
     s.dilation_h = s.dilation_w = int64_t{1} << link.source;
     return s;
   }
-  PassPlan plan_of(const PassShape& shape) const {
+  PassPlan plan_of(const PassShape& shape, Machine machine = machine_of<A>()) const {
     // 16-bit features round far above the errors of Winograd's larger tiles.
-    const Precision precision =
-        sizeof(T) == 2 ? Precision::high : static_cast<Precision>(p.precision);
-    return plan_pass(shape, precision, sizeof(A) == sizeof(double), {kLanes<A>, kVectorRegisters});
+    const Precision precision = std::is_same_v<T, bfloat16>  ? Precision::medium
+                                : std::is_same_v<T, float16> ? Precision::high
+                                                             : static_cast<Precision>(p.precision);
+    return plan_pass(shape, precision, sizeof(A) == sizeof(double), machine);
   }
   Weight weight_of(const Link& link) const {
     const int64_t slot = link.first_layer - 1 - link.source;
     Weight w = p.convs[link.source].weight;
-    w.data = static_cast<const T*>(w.data) + slot * p.growth * w.stride_k;
+    w.data = static_cast<const char*>(w.data) + slot * p.growth * w.stride_k * weight_bytes();
     return w;
   }
+  bool wide_weights() const { return p.weight_dtype != p.dtype; }
+  int64_t weight_bytes() const { return wide_weights() ? sizeof(A) : sizeof(T); }
 
   const D2Problem& p;
   D2Features kept_;
@@ -160,7 +163,8 @@ class D2Forward : D2Block<T> {
   /// `mean` and `variance` hold those of x_0, where a norm wants them; the others are added.
   void run() {
     static thread_local Scratch sums_memory;
-    const Borrowed<A> sums(sums_memory, Base::kWide ? 0 : this->pixels() * p.row());
+    const bool needs_sums = !Base::kWide && p.layers > 1;
+    const Borrowed<A> sums(sums_memory, needs_sums ? this->pixels() * p.row() : 0);
     const std::vector<A> bias = layer_biases();
     std::vector<Pass> passes;
     std::vector<std::vector<Moments>> moments(this->links_.size());
@@ -172,11 +176,13 @@ class D2Forward : D2Block<T> {
       pass.plan = this->plan_of(pass.shape);
       pass.input = {this->source(link.source), true, this->psi_of(link)};
       pass.weight = this->weight_of(link);
+      pass.wide_weights = this->wide_weights();
       pass.to = destination(sums.get());
       pass.to.begin = p.in_row(link.first_layer);
       pass.to.end = p.in_row(link.last_layer + 1);
       pass.accumulate = !link.opens;
       if (link.opens) pass.bias = bias.data() + (link.first_layer - 1) * p.growth;
+      if (!Base::kWide && link.finishes) pass.completed = {this->layer(link.finishes), p.growth};
       if (measures(link.finishes)) {
         moments[i].resize(static_cast<size_t>(pass.runs() * p.growth));
         counts[i].resize(static_cast<size_t>(pass.runs()));
@@ -193,7 +199,6 @@ class D2Forward : D2Block<T> {
                     [&](int64_t task, int64_t next) { passes[i].run(task, next, packed.of(i)); });
         const int64_t layer = this->links_[i].finishes;
         if (layer == 0) continue;
-        if constexpr (!Base::kWide) round_layer(worker, layer, sums.get());
         if (layer < p.layers)
           worker.once([&] {
             if (measures(layer)) merge(layer, moments[i], counts[i]);
@@ -238,19 +243,6 @@ class D2Forward : D2Block<T> {
       to.low = this->slab(sums, p.row());
     }
     return to;
-  }
-
-  /// The finished sums of a layer to the type that features are kept in.
-  void round_layer(Crew::Worker& worker, int64_t layer, const A* sums) {
-    const Slab<const A> from = this->slab(sums + p.in_row(layer), p.row());
-    const Slab<T> to = this->layer(layer);
-    worker.each(p.batch * p.height, [&](int64_t i, int64_t) {
-      const int64_t n = i / p.height, y = i % p.height;
-      for (int64_t x = 0; x < p.width; ++x)
-        for (int64_t c = 0; c < p.growth; c += kLanes<A>)
-          store_first<A>(to.at(n, y, x) + c, load_first<A>(from.at(n, y, x) + c, p.growth - c),
-                         p.growth - c);
-    });
   }
 
   void merge(int64_t layer, const std::vector<Moments>& moments,
@@ -390,7 +382,8 @@ class D2Backward : D2Block<T> {
     std::swap(pass.shape.in_channels, pass.shape.out_channels);
     pass.plan = this->plan_of(pass.shape);
     pass.input.parts.add(read(gradient_of(link.first_layer)), pass.shape.in_channels);
-    pass.weight = transposed<T>(this->weight_of(link), p.kernel_h, p.kernel_w);
+    pass.weight = transposed(this->weight_of(link), p.kernel_h, p.kernel_w, this->weight_bytes());
+    pass.wide_weights = this->wide_weights();
     pass.to.low = gradient_y_of(link);
     pass.to.cut = pass.to.end = pass.shape.out_channels;
     pass.behind = {this->source(link.source), this->psi_of(link),
@@ -402,12 +395,14 @@ class D2Backward : D2Block<T> {
   WeightGradient weight_gradient(const Link& link) const {
     WeightGradient w;
     w.shape = this->shape_of(link);
-    w.algorithm = this->plan_of(w.shape).algorithm;
+    w.algorithm = this->plan_of(w.shape, {kLanes<A>, kVectorRegisters}).algorithm;  // no pairs
     w.input = {this->source(link.source), true, this->psi_of(link)};
     w.gradient = read(gradient_of(link.first_layer));
     w.to_stride = p.channels_of(link.source) * p.kernel_h * p.kernel_w;
+    w.wide = this->wide_weights();
+    const int64_t slot = (link.first_layer - 1 - link.source) * p.growth * w.to_stride;
     if (void* to = g_.weights[link.source])
-      w.to = static_cast<T*>(to) + (link.first_layer - 1 - link.source) * p.growth * w.to_stride;
+      w.to = static_cast<char*>(to) + slot * this->weight_bytes();
     return w;
   }
 

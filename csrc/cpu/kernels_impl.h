@@ -19,6 +19,7 @@ bool backward_weight_on_tiles(const Problem&, const View& gradient, void* weight
 void d2_forward(const D2Problem&, const D2Features&, void* mean, void* variance);
 void d2_backward(const D2Problem&, const D2Features&, const void* mean, const void* variance,
                  const D2Gradients&);
+std::string d2_plan(const PassShape&, int precision, bool exact);
 
 namespace {
 
@@ -74,7 +75,7 @@ void backward_data(const Problem& p, const View& gradient, const View* grad_inpu
                                    s.dilation_h,
                                    s.dilation_w,
                                    {},
-                                   transposed<T>(weight, p.kernel_h, p.kernel_w)}},
+                                   transposed(weight, p.kernel_h, p.kernel_w, sizeof(T))}},
           grad_inputs[i], nullptr);
       sums.emplace_back();
       if (psi_sums) sums.back().resize(convolutions.back().tiles() * s.channels * 2);
@@ -131,15 +132,7 @@ const Kernels kKernels{
       for_dtype(dtype,
                 [&](auto t) { moments<decltype(t)>(x, batch, channels, height, width, out); });
     },
-    [](const PassShape& shape, int precision, bool exact) {
-      const int bytes = exact ? sizeof(double) : sizeof(float);
-      const PassPlan plan = plan_pass(shape, static_cast<Precision>(precision), exact,
-                                      {kVectorBytes / bytes, kVectorRegisters});
-      std::string words = name_of(plan.algorithm);
-      words += ", " + std::to_string(plan.tiles) + " tiles a task";
-      if (plan.shares > 1) words += ", outputs in " + std::to_string(plan.shares) + " shares";
-      return words;
-    },
+    d2_plan,
     [](DType dtype, const View& x, int64_t batch, int64_t channels, int64_t height, int64_t width,
        void* to) {
       for_dtype(dtype, [&](auto t) {

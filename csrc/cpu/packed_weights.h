@@ -78,7 +78,7 @@ class PackedWeights {
 
   /// Weights lie densely, and packing them is a good part of the work.
   bool worth_keeping() const {
-    const Machine machine{kLanes<A>, kVectorRegisters};
+    const Machine machine = machine_of<A>();
     double packing = 0, all = 0;
     for (const Pass& pass : passes_) {
       const PassShape& s = pass.shape;
@@ -87,14 +87,13 @@ class PackedWeights {
           w.stride_k != s.in_channels * w.stride_c)
         return false;
       packing += packing_cost(s, pass.plan.algorithm, machine);
-      all += pass_cost(s, pass.plan.algorithm, machine);
+      all += pass_cost(s, pass.plan.algorithm, machine, pass.plan.pairs);
     }
     return packing > all / 16;
   }
 
   int64_t bytes_of(const Pass& pass) const {
-    return pass.shape.out_channels * pass.weight.stride_k *
-           static_cast<int64_t>(sizeof(typename Pass::Element));
+    return pass.shape.out_channels * pass.weight.stride_k * pass.weight_bytes();
   }
   int64_t weight_bytes() const {
     int64_t sum = 0;
@@ -103,14 +102,15 @@ class PackedWeights {
   }
 
   PackedCache::Key key() const {
-    constexpr bool is_bfloat16 = std::is_same_v<typename Pass::Element, bfloat16>;
-    PackedCache::Key key{D3NET_VECTOR_BYTES, sizeof(typename Pass::Element), is_bfloat16,
+    const Pass& first = passes_.front();
+    PackedCache::Key key{D3NET_VECTOR_BYTES, first.weight_bytes(), first.weights_are_bfloat16(),
                          sizeof(A)};
     for (const Pass& pass : passes_)
       for (const int64_t part :
            {reinterpret_cast<int64_t>(pass.weight.data), pass.shape.in_channels,
             pass.shape.out_channels, pass.shape.kernel_h, pass.shape.kernel_w,
-            static_cast<int64_t>(pass.plan.algorithm), pass.to.begin % kLanes<A>})
+            static_cast<int64_t>(pass.plan.algorithm), int64_t{pass.plan.pairs},
+            pass.to.begin % kLanes<A>})
         key.push_back(part);
     return key;
   }

@@ -27,8 +27,9 @@ constexpr LiveTaps live_taps(int64_t begin, int64_t count, int64_t size, int64_t
 
 /// What the plan needs to know of an instruction set.
 struct Machine {
-  int lanes;      // elements of the accumulation type in one vector
-  int registers;  // vector registers
+  int lanes;           // elements of the accumulation type in one vector
+  int registers;       // vector registers
+  bool pairs = false;  // two products of bfloat16 in a lane, by one instruction
 };
 
 constexpr int kMaxOutBlock = 13;     // output channels of a microkernel

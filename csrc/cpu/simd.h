@@ -84,51 +84,52 @@ D3NET_INLINE void store(A* p, Vec<A> v) {
 typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 
-D3NET_INLINE Bits16 load_bits(const void* p) {
-  Bits16 v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+/// Elements of 16 bits as float, and float rounded to the nearest of them, ties to even.
+template <class T>
+D3NET_INLINE Vec<float> unpack(Bits16 bits);
+template <class T>
+D3NET_INLINE Bits16 pack(Vec<float> v);
 
-template <class A>
-D3NET_INLINE Vec<float> load(const bfloat16* p) {
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(load_bits(p), Bits32) << 16);
-}
-
-template <class A>
-D3NET_INLINE void store(bfloat16* p, Vec<float> v) {
+/// A bfloat16 in the lower half of each lane.
+D3NET_INLINE Bits32 to_bfloat16(Vec<float> v) {
   const Bits32 u = reinterpret_cast<Bits32>(v);
   const Bits32 nearest_even = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const Bits32 quiet_nan = (u >> 16) | 0x40;
-  const Bits16 out =
-      __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? quiet_nan : nearest_even, Bits16);
-  std::memcpy(p, &out, sizeof out);
+  return (u & 0x7fffffff) > 0x7f800000 ? quiet_nan : nearest_even;
+}
+
+template <>
+D3NET_INLINE Vec<float> unpack<bfloat16>(Bits16 bits) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Bits32) << 16);
+}
+template <>
+D3NET_INLINE Bits16 pack<bfloat16>(Vec<float> v) {
+  return __builtin_convertvector(to_bfloat16(v), Bits16);
 }
 
 #if D3NET_VECTOR_BYTES == 64
-template <class A>
-D3NET_INLINE Vec<float> load(const float16* p) {
-  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+template <>
+D3NET_INLINE Vec<float> unpack<float16>(Bits16 bits) {
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
 }
-template <class A>
-D3NET_INLINE void store(float16* p, Vec<float> v) {
-  _mm256_storeu_si256((__m256i*)p,
-                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+template <>
+D3NET_INLINE Bits16 pack<float16>(Vec<float> v) {
+  return (Bits16)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif D3NET_VECTOR_BYTES == 32
-template <class A>
-D3NET_INLINE Vec<float> load(const float16* p) {
-  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+template <>
+D3NET_INLINE Vec<float> unpack<float16>(Bits16 bits) {
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)bits);
 }
-template <class A>
-D3NET_INLINE void store(float16* p, Vec<float> v) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+template <>
+D3NET_INLINE Bits16 pack<float16>(Vec<float> v) {
+  return (Bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
 // Integer arithmetic only: right on any CPU and with denormals flushed or not.
-template <class A>
-D3NET_INLINE Vec<float> load(const float16* p) {
-  const Bits32 h = __builtin_convertvector(load_bits(p), Bits32);
+template <>
+D3NET_INLINE Vec<float> unpack<float16>(Bits16 bits) {
+  const Bits32 h = __builtin_convertvector(bits, Bits32);
   const Bits32 sign = (h & 0x8000) << 16, magnitude = h & 0x7fff;
   const Bits32 normal = (magnitude << 13) + (112u << 23);
   const Bits32 inf_nan = (magnitude << 13) | 0x7f800000;
@@ -152,73 +153,103 @@ D3NET_INLINE uint16_t to_half(uint32_t u) {
   const uint32_t odd = (significand >> shift) & 1;
   return sign | static_cast<uint16_t>((significand + (1u << (shift - 1)) - 1 + odd) >> shift);
 }
-template <class A>
-D3NET_INLINE void store(float16* p, Vec<float> v) {
+template <>
+D3NET_INLINE Bits16 pack<float16>(Vec<float> v) {
   const Bits32 u = reinterpret_cast<Bits32>(v);
-  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = to_half(u[i]);
+  Bits16 bits;
+  for (int i = 0; i < kLanes<float>; ++i) bits[i] = to_half(u[i]);
+  return bits;
 }
 #endif
+
+template <class A, class T, class = std::enable_if_t<sizeof(T) == 2>>
+D3NET_INLINE Vec<float> load(const T* p) {
+  Bits16 bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return unpack<T>(bits);
+}
+template <class A, class T, class = std::enable_if_t<sizeof(T) == 2>>
+D3NET_INLINE void store(T* p, Vec<float> v) {
+  const Bits16 bits = pack<T>(v);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+/// Lanes first <= l < last from memory, zeros elsewhere; touches only those elements.
+template <class A, class T>
+D3NET_INLINE Vec<A> load_lanes(const T* p, int64_t first, int64_t last) {
+#if D3NET_VECTOR_BYTES == 64
+  const auto mask = static_cast<__mmask16>((1u << last) - (1u << first));
+  if constexpr (std::is_same_v<T, float>) return (Vec<A>)_mm512_maskz_loadu_ps(mask, p);
+  if constexpr (std::is_same_v<T, double>)
+    return (Vec<A>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+  if constexpr (sizeof(T) == 2) return unpack<T>((Bits16)_mm256_maskz_loadu_epi16(mask, p));
+#endif
+  T buffer[kLanes<A>] = {};
+  for (int64_t i = first; i < last; ++i) buffer[i] = p[i];
+  return load<A>(buffer);
+}
+template <class A, class T>
+D3NET_INLINE void store_lanes(T* p, Vec<A> v, int64_t first, int64_t last) {
+#if D3NET_VECTOR_BYTES == 64
+  const auto mask = static_cast<__mmask16>((1u << last) - (1u << first));
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  if constexpr (std::is_same_v<T, double>)
+    return _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
+  if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, mask, (__m256i)pack<T>(v));
+#endif
+  T buffer[kLanes<A>];
+  store<A>(buffer, v);
+  for (int64_t i = first; i < last; ++i) p[i] = buffer[i];
+}
 
 /// The first n lanes from memory, zeros above; touches nothing beyond n elements.
 template <class A, class T>
 D3NET_INLINE Vec<A> load_first(const T* p, int64_t n) {
-#if D3NET_VECTOR_BYTES == 64
-  const auto mask = static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1);
-  if constexpr (std::is_same_v<T, float>) return (Vec<A>)_mm512_maskz_loadu_ps(mask, p);
-  if constexpr (std::is_same_v<T, double>)
-    return (Vec<A>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
-#elif D3NET_VECTOR_BYTES == 32
+#if D3NET_VECTOR_BYTES == 32
   const Mask<A> lanes = first_lanes<A>(n);
   if constexpr (std::is_same_v<T, float>) return (Vec<A>)_mm256_maskload_ps(p, (__m256i)lanes);
   if constexpr (std::is_same_v<T, double>) return (Vec<A>)_mm256_maskload_pd(p, (__m256i)lanes);
 #endif
-  T buffer[kLanes<A>] = {};
-  for (int64_t i = 0; i < n && i < kLanes<A>; ++i) buffer[i] = p[i];
-  return load<A>(buffer);
+  return load_lanes<A>(p, 0, n < kLanes<A> ? n : kLanes<A>);
 }
 template <class A, class T>
 D3NET_INLINE void store_first(T* p, Vec<A> v, int64_t n) {
-#if D3NET_VECTOR_BYTES == 64
-  const auto mask = static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1);
-  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
-  if constexpr (std::is_same_v<T, double>)
-    return _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
-#elif D3NET_VECTOR_BYTES == 32
+#if D3NET_VECTOR_BYTES == 32
   const Mask<A> lanes = first_lanes<A>(n);
   if constexpr (std::is_same_v<T, float>) return _mm256_maskstore_ps(p, (__m256i)lanes, (__m256)v);
   if constexpr (std::is_same_v<T, double>)
     return _mm256_maskstore_pd(p, (__m256i)lanes, (__m256d)v);
 #endif
-  T buffer[kLanes<A>];
-  store<A>(buffer, v);
-  for (int64_t i = 0; i < n && i < kLanes<A>; ++i) p[i] = buffer[i];
+  store_lanes<A>(p, v, 0, n < kLanes<A> ? n : kLanes<A>);
 }
 
-/// Lanes first <= l < last from memory, zeros elsewhere; touches only those elements.
-template <class A>
-D3NET_INLINE Vec<A> load_lanes(const A* p, int64_t first, int64_t last) {
+// ---- two bfloat16 in each lane, the first in its lower half
+// ---------------------------------------
+
+/// Whether code for this instruction set may multiply pairs; has_pair_products() says whether the
+/// CPU at hand does.
+constexpr bool kPairs = D3NET_VECTOR_BYTES == 64;
+
 #if D3NET_VECTOR_BYTES == 64
-  const auto mask = static_cast<__mmask16>((1u << last) - (1u << first));
-  if constexpr (std::is_same_v<A, float>) return (Vec<A>)_mm512_maskz_loadu_ps(mask, p);
-  if constexpr (std::is_same_v<A, double>)
-    return (Vec<A>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
-#endif
-  A buffer[kLanes<A>] = {};
-  for (int64_t i = first; i < last; ++i) buffer[i] = p[i];
-  return load<A>(buffer);
+inline bool has_pair_products() { return __builtin_cpu_supports("avx512bf16"); }
+
+/// sum + a.first * b.first + a.second * b.second; in assembler, since the surrounding code is for
+/// CPUs that may lack the instruction.
+D3NET_INLINE Vec<float> add_pair_products(Vec<float> sum, Vec<float> a, Vec<float> b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
 }
-template <class A>
-D3NET_INLINE void store_lanes(A* p, Vec<A> v, int64_t first, int64_t last) {
-#if D3NET_VECTOR_BYTES == 64
-  const auto mask = static_cast<__mmask16>((1u << last) - (1u << first));
-  if constexpr (std::is_same_v<A, float>) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
-  if constexpr (std::is_same_v<A, double>)
-    return _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
-#endif
-  A buffer[kLanes<A>];
-  store<A>(buffer, v);
-  for (int64_t i = first; i < last; ++i) p[i] = buffer[i];
+D3NET_INLINE Vec<float> broadcast_pair(const float* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)_mm512_set1_epi32(bits);
 }
+D3NET_INLINE Vec<float> round_to_pairs(Vec<float> first, Vec<float> second) {
+  return reinterpret_cast<Vec<float>>(to_bfloat16(first) | to_bfloat16(second) << 16);
+}
+#else
+inline bool has_pair_products() { return false; }
+#endif
 
 template <class A, class T>
 D3NET_INLINE A load_one(const T* p) {
@@ -279,6 +310,30 @@ template <int distance>
 struct Swap {
   static constexpr int of(int lane) { return lane ^ distance; }
 };
+
+template <int lanes, int first>
+struct EverySecond {
+  static constexpr int of(int lane) { return 2 * lane + first; }
+};
+
+/// The first n, at most 2 * lanes, of elements that belong together in pairs; zeros above.
+template <class A, class T>
+D3NET_INLINE void load_pairs(const T* p, int64_t n, Vec<A>& first, Vec<A>& second) {
+  constexpr int lanes = kLanes<A>;
+#if D3NET_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+    const auto both = (Bits32)_mm512_maskz_loadu_epi16(mask, p);
+    first = reinterpret_cast<Vec<float>>(both << 16);
+    second = reinterpret_cast<Vec<float>>(both & 0xffff0000);
+    return;
+  }
+#endif
+  const Vec<A> low = load_first<A>(p, n);
+  const Vec<A> high = n > lanes ? load_first<A>(p + lanes, n - lanes) : Vec<A>{};
+  first = shuffle<EverySecond<lanes, 0>>(low, high);
+  second = shuffle<EverySecond<lanes, 1>>(low, high);
+}
 
 /// Sum of all lanes, by halves.
 template <class A>

@@ -10,6 +10,7 @@
 
 #include <array>
 
+#include "plan.h"
 #include "simd.h"
 
 namespace d3net::cpu::D3NET_ISA {
@@ -23,6 +24,12 @@ constexpr int tiles_at_once(int chunk, bool by_24) {
   return chunk == 1 ? 12 : chunk == 2 ? 6 : 4;
 }
 
+/// What the planner asks of the machine.
+template <class A>
+Machine machine_of() {
+  return {kLanes<A>, kVectorRegisters, has_pair_products()};
+}
+
 template <class A>
 struct MultiplyArgs {
   const A* v = nullptr;  // [position][group][tiles][lane]
@@ -31,13 +38,13 @@ struct MultiplyArgs {
   int64_t u_position = 0;
   const int* positions = nullptr;  // those to add up
   int64_t num_positions = 1;
-  const int64_t* channels = nullptr;  // of each part
+  const int64_t* channels = nullptr;  // of each part; twice as many as rows of U with pairs
   int64_t num_parts = 0;
   int64_t tiles = 0;
   A* products = nullptr;  // [chunk][tiles][lane]
 };
 
-template <class A, int chunk, int rows>
+template <class A, int chunk, int rows, bool pairs>
 void multiply(const MultiplyArgs<A>& args) {
   constexpr int lanes = kLanes<A>;
   const MultiplyArgs<A> s = args;
@@ -47,17 +54,25 @@ void multiply(const MultiplyArgs<A>& args) {
       const A* u = s.u + s.positions[q] * s.u_position;
       const A* v = s.v + s.positions[q] * s.v_position + tile * lanes;
       for (int64_t part = 0; part < s.num_parts; ++part)
-        for (int64_t left = s.channels[part]; left > 0; left -= lanes, v += s.tiles * lanes) {
+        for (int64_t left = pairs ? ceil_div(s.channels[part], 2) : s.channels[part]; left > 0;
+             left -= lanes, v += s.tiles * lanes) {
           const int64_t in_group = std::min<int64_t>(lanes, left);
           for (int64_t c = 0; c < in_group; ++c, u += chunk * lanes) {
             Vec<A> outs[chunk];
             unroll<chunk>([&](auto k)
                               __attribute__((always_inline)) { outs[k] = load(u + k * lanes); });
             unroll<rows>([&](auto r) __attribute__((always_inline)) {
-              const Vec<A> value = broadcast(v[r * lanes + c]);
-              unroll<chunk>([&](auto k) __attribute__((always_inline)) {
-                acc[r][k] = fma(value, outs[k], acc[r][k]);
-              });
+              if constexpr (pairs) {
+                const Vec<A> value = broadcast_pair(v + r * lanes + c);
+                unroll<chunk>([&](auto k) __attribute__((always_inline)) {
+                  acc[r][k] = add_pair_products(acc[r][k], value, outs[k]);
+                });
+              } else {
+                const Vec<A> value = broadcast(v[r * lanes + c]);
+                unroll<chunk>([&](auto k) __attribute__((always_inline)) {
+                  acc[r][k] = fma(value, outs[k], acc[r][k]);
+                });
+              }
             });
           }
         }
@@ -73,13 +88,13 @@ void multiply(const MultiplyArgs<A>& args) {
 template <class A>
 using Multiply = void (*)(const MultiplyArgs<A>&);
 
-/// kMultiply<A>[tiles % 24 == 0][chunk - 1]
-template <class A>
+/// kMultiply<A, pairs>[tiles % 24 == 0][chunk - 1]
+template <class A, bool pairs>
 constexpr auto kMultiply = [] {
   std::array<std::array<Multiply<A>, kMaxChunk>, 2> table{};
   unroll<kMaxChunk>([&](auto chunk) {
-    table[0][chunk] = multiply<A, chunk + 1, tiles_at_once(chunk + 1, false)>;
-    table[1][chunk] = multiply<A, chunk + 1, tiles_at_once(chunk + 1, true)>;
+    table[0][chunk] = multiply<A, chunk + 1, tiles_at_once(chunk + 1, false), pairs>;
+    table[1][chunk] = multiply<A, chunk + 1, tiles_at_once(chunk + 1, true), pairs>;
   });
   return table;
 }();

@@ -88,22 +88,14 @@ struct TileInput {
   Activation<A> psi;
 
   /// V of some tiles: [position][group of channels][v_tiles][lane], positions v_position apart.
-  /// Of direct convolution only the live positions are written.
-  template <int m>
+  /// Of direct convolution only the live positions are written. With pairs a lane has two channels.
+  template <int m, bool pairs>
   void transform(const PassShape& s, const Tiles& tiles, const int* live, int64_t num_live, A* v,
                  int64_t v_tiles, int64_t v_position) const {
-    const Vec<A> floor = broadcast(psi.floor());
-    parts.each_group(kN, [&](const Slab<const In>& x, int64_t in_part, int64_t channel,
-                             int64_t group, int64_t n) {
-      Vec<A> scale = broadcast(A{1}), shift{};
-      if (psi.scale) {
-        scale = load_first<A>(psi.scale + channel, n);
-        shift = load_first<A>(psi.shift + channel, n);
-      }
-      auto element = [&](const In* p) __attribute__((always_inline)) {
-        const Vec<A> value = n == kN ? load<A>(p) : load_first<A>(p, n);
-        return activated ? at_least<A>(floor, fma(value, scale, shift)) : value;
-      };
+    using Reader = std::conditional_t<pairs, ReadPairs, Read>;
+    parts.each_group(pairs ? 2 * kN : kN, [&](const Slab<const In>& x, int64_t in_part,
+                                              int64_t channel, int64_t group, int64_t n) {
+      const Reader element(*this, channel, n);
       Slab<const In> some = x;
       some.data += in_part;
       A* to = v + group * v_tiles * kN;
@@ -118,6 +110,46 @@ struct TileInput {
  private:
   static constexpr int64_t kTilesAhead = 2;
 
+  /// psi of n channels of a pixel.
+  struct Read {
+    Vec<A> scale = broadcast(A{1}), shift{}, floor;
+    int64_t n;
+    bool activated;
+
+    Read(const TileInput& input, int64_t channel, int64_t count)
+        : floor(broadcast(input.psi.floor())), n(count), activated(input.activated) {
+      if (!input.psi.scale) return;
+      scale = load_first<A>(input.psi.scale + channel, n);
+      shift = load_first<A>(input.psi.shift + channel, n);
+    }
+    D3NET_INLINE Vec<A> operator()(const In* p) const {
+      const Vec<A> value = n == kN ? load<A>(p) : load_first<A>(p, n);
+      return activated ? at_least<A>(floor, fma(value, scale, shift)) : value;
+    }
+  };
+
+  /// The same, two channels a lane.
+  struct ReadPairs {
+    Vec<A> scale[2] = {broadcast(A{1}), broadcast(A{1})}, shift[2] = {}, floor;
+    int64_t n;
+    bool activated;
+
+    ReadPairs(const TileInput& input, int64_t channel, int64_t count)
+        : floor(broadcast(input.psi.floor())), n(count), activated(input.activated) {
+      if (!input.psi.scale) return;
+      load_pairs<A>(input.psi.scale + channel, n, scale[0], scale[1]);
+      load_pairs<A>(input.psi.shift + channel, n, shift[0], shift[1]);
+    }
+    D3NET_INLINE Vec<A> operator()(const In* p) const {
+      Vec<A> value[2];
+      load_pairs<A>(p, n, value[0], value[1]);
+      if (activated)
+        for (int i = 0; i < 2; ++i)
+          value[i] = at_least<A>(floor, fma(value[i], scale[i], shift[i]));
+      return round_to_pairs(value[0], value[1]);
+    }
+  };
+
   /// To L1, what a tile does not share with its neighbours.
   template <int m>
   D3NET_INLINE static void prefetch_tile(const PassShape& s, const Slab<const In>& x,
@@ -131,7 +163,7 @@ struct TileInput {
   template <int m, class F>
   D3NET_INLINE static void transform_tile(const PassShape& s, const Slab<const In>& x,
                                           const Origin& tile, const int* live, int64_t num_live,
-                                          F& element, A* v, int64_t v_position) {
+                                          const F& element, A* v, int64_t v_position) {
     if constexpr (m == 1) {
       for (int64_t q = 0; q < num_live; ++q) {
         const int64_t y = s.tap_y(tile.y, live[q] / s.kernel_w);

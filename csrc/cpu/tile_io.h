@@ -42,10 +42,11 @@ D3NET_INLINE Vec<A> activate(Vec<A> x, Vec<A> scale, Vec<A> shift, Vec<A> floor)
 }
 
 /// The same taps seen from the input: outputs and channels swapped, both axes reversed.
-template <class T>
-inline Weight transposed(const Weight& w, int64_t kernel_h, int64_t kernel_w) {
-  return {static_cast<const T*>(w.data) + (kernel_h - 1) * w.stride_h + (kernel_w - 1) * w.stride_w,
-          w.stride_c, w.stride_k, -w.stride_h, -w.stride_w};
+inline Weight transposed(const Weight& w, int64_t kernel_h, int64_t kernel_w,
+                         int64_t element_bytes) {
+  const int64_t last = (kernel_h - 1) * w.stride_h + (kernel_w - 1) * w.stride_w;
+  return {static_cast<const char*>(w.data) + last * element_bytes, w.stride_c, w.stride_k,
+          -w.stride_h, -w.stride_w};
 }
 
 /// The part of a map that one task writes.

@@ -55,7 +55,7 @@ class TileLayer {
       std::swap(pass.shape.in_channels, pass.shape.out_channels);
       pass.plan = plan_of(pass.shape);
       pass.input.parts.add(slab<const float>(gradient), p.out_channels);
-      pass.weight = transposed<float>(weight_of(g), p.kernel_h, p.kernel_w);
+      pass.weight = transposed(weight_of(g), p.kernel_h, p.kernel_w, sizeof(float));
       pass.to = destination(grad_inputs[i], g.channels);
       if (p.psi.scale || p.psi.relu) {
         std::vector<double>& of_source = sums[static_cast<size_t>(i)];
@@ -156,7 +156,7 @@ class TileLayer {
             p.kernel_h, p.kernel_w, source.dilation_h, source.dilation_w};
   }
   static PassPlan plan_of(const PassShape& shape) {
-    return plan_pass(shape, Precision::highest, false, {kLanes<float>, kVectorRegisters});
+    return plan_pass(shape, Precision::highest, false, machine_of<float>());
   }
   TileInput<float, float> input_of(const Group& g) const {
     TileInput<float, float> input;

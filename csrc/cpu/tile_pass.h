@@ -59,21 +59,29 @@ struct PsiBackward {
   bool to_x = false;
 };
 
+/// A pass's first channels, where it completes them and they are kept as X: sums lie elsewhere.
+template <class X>
+struct Completed {
+  Slab<X> slab;
+  int64_t channels = 0;
+};
+
 template <class In, class X, class A>
 class TilePass {
   static constexpr int kN = kLanes<A>;
 
  public:
-  using Element = X;  // of the weights
   using Sum = A;
 
   PassShape shape;
   PassPlan plan;
   TileInput<In, A> input;
-  Weight weight;  // k: outputs, c: inputs; holds elements of type X
+  Weight weight;              // k: outputs, c: inputs
+  bool wide_weights = false;  // of type A, not X
   Destination<A> to;
   const A* bias = nullptr;
   bool accumulate = false;
+  Completed<X> completed;  // only where X is not A
   Measure measure;
   PsiBackward<X, A> behind;  // sums null: none
 
@@ -89,25 +97,23 @@ class TilePass {
     }
     return size;
   }
-  int64_t pack_items() const { return ceil_div(shape.in_channels, kPackedAtOnce); }
+  int64_t pack_items() const { return ceil_div(u_rows(), kPackedAtOnce); }
+
+  int64_t weight_bytes() const { return wide_weights ? sizeof(A) : sizeof(X); }
+  bool weights_are_bfloat16() const { return std::is_same_v<X, bfloat16> && !wide_weights; }
 
   /// Transforms the weights of some input channels.
   void pack(int64_t item, A* packed) const {
-    switch (plan.algorithm) {
-      case Algorithm::direct: return pack_channels<1>(item, packed);
-      case Algorithm::winograd2:
-        if constexpr (kTransforms) pack_channels<2>(item, packed);
-        return;
-      case Algorithm::winograd4:
-        if constexpr (kTransforms) pack_channels<4>(item, packed);
-        return;
-    }
+    wide_weights ? pack_from<A>(item, packed) : pack_from<X>(item, packed);
   }
 
   /// Computes the tiles of a task; `next` is the one after it, or -1.
   void run(int64_t task, int64_t next, const A* packed) const {
     switch (plan.algorithm) {
-      case Algorithm::direct: return run_tiles<1>(task, next, packed);
+      case Algorithm::direct:
+        if constexpr (kMayPair)
+          if (plan.pairs) return run_tiles<1, true>(task, next, packed);
+        return run_tiles<1>(task, next, packed);
       case Algorithm::winograd2:
         if constexpr (kTransforms) run_tiles<2>(task, next, packed);
         return;
@@ -119,37 +125,82 @@ class TilePass {
 
  private:
   static constexpr bool kTransforms = std::is_same_v<A, float>;
+  static constexpr bool kMayPair = kPairs && std::is_same_v<A, float>;
   static constexpr int64_t kPackedAtOnce = 8;
 
   int64_t lead() const { return to.begin % kN; }
   int64_t first_vector() const { return to.begin / kN; }
   int64_t vectors() const { return ceil_div(to.end, kN) - first_vector(); }
   /// One vector more than needed, so that positions do not fall on one cache set.
-  int64_t u_position(int64_t chunk) const { return shape.in_channels * chunk * kN + kN; }
+  int64_t u_position(int64_t chunk) const { return u_rows() * chunk * kN + kN; }
+  /// One a channel, or one a pair; pairs do not reach into the next part.
+  int64_t u_rows() const { return plan.pairs ? input.parts.groups(2) : shape.in_channels; }
 
   // ---- weights ---------------------------------------------------------------------------------
 
-  /// U lies chunk by chunk, [position][channel][chunk * lanes] each.
-  template <int m>
+  template <class E>
+  void pack_from(int64_t item, A* packed) const {
+    switch (plan.algorithm) {
+      case Algorithm::direct:
+        if constexpr (kMayPair)
+          if (plan.pairs) return pack_channels<E, 1, true>(item, packed);
+        return pack_channels<E, 1>(item, packed);
+      case Algorithm::winograd2:
+        if constexpr (kTransforms) pack_channels<E, 2>(item, packed);
+        return;
+      case Algorithm::winograd4:
+        if constexpr (kTransforms) pack_channels<E, 4>(item, packed);
+        return;
+    }
+  }
+
+  /// U lies chunk by chunk, [position][row][chunk * lanes] each.
+  template <class E, int m, bool pairs = false>
   void pack_channels(int64_t item, A* packed) const {
-    const int64_t channel = item * kPackedAtOnce;
-    const int64_t last = std::min(channel + kPackedAtOnce, shape.in_channels);
+    const int64_t begin = item * kPackedAtOnce;
+    const int64_t end = std::min(begin + kPackedAtOnce, u_rows());
     for (int64_t v = 0; v < vectors();) {
       const int64_t chunk = next_chunk(vectors() - v);
       for (int64_t k = 0; k < chunk; ++k)
-        for (int64_t c = channel; c < last; ++c)
-          pack_vector<m>(c, (v + k) * kN - lead(), u_position(chunk),
-                         packed + (c * chunk + k) * kN);
+        each_row<pairs>(begin, end, [&](int64_t row, int64_t channel, int64_t channels) {
+          const int64_t out = (v + k) * kN - lead();
+          A* u = packed + (row * chunk + k) * kN;
+          if constexpr (pairs)
+            pack_pair<E>(channel, channels, out, u_position(chunk), u);
+          else
+            pack_vector<E, m>(channel, out, u_position(chunk), u);
+        });
       packed += shape.positions(plan.algorithm) * u_position(chunk);
       v += chunk;
     }
   }
 
+  /// item(row of U, its first channel, its channels) for the rows from begin to end.
+  template <bool pairs, class F>
+  void each_row(int64_t begin, int64_t end, F&& item) const {
+    if constexpr (!pairs) {
+      for (int64_t row = begin; row < end; ++row) item(row, row, 1);
+    } else {
+      input.parts.each_group(2, [&](const auto&, int64_t, int64_t channel, int64_t row, int64_t n) {
+        if (begin <= row && row < end) item(row, channel, n);
+      });
+    }
+  }
+
+  template <class E>
+  void pack_pair(int64_t channel, int64_t channels, int64_t out, int64_t position, A* u) const {
+    Vec<A> first[kMostTaps], second[kMostTaps] = {};
+    load_taps<E, 1>(channel, out, first);
+    if (channels == 2) load_taps<E, 1>(channel + 1, out, second);
+    for (int64_t tap = 0; tap < shape.positions(Algorithm::direct); ++tap)
+      store(u + tap * position, round_to_pairs(first[tap], second[tap]));
+  }
+
   /// One input channel's weights to the output channels out, out + 1, ...; zeros beyond the ends.
-  template <int m>
+  template <class E, int m>
   void pack_vector(int64_t channel, int64_t out, int64_t position, A* u) const {
     Vec<A> by_tap[m > 1 ? 9 : kMostTaps];
-    load_taps<m>(channel, out, by_tap);
+    load_taps<E, m>(channel, out, by_tap);
     if constexpr (m == 1) {
       const int64_t taps = shape.kernel_h * shape.kernel_w;
       for (int64_t tap = 0; tap < taps; ++tap) store(u + tap * position, by_tap[tap]);
@@ -172,13 +223,13 @@ class TilePass {
 
   /// Vectors of output channels, one a tap. Where the taps of a channel follow each other in
   /// memory, in either direction, a run of them is loaded for each output and transposed.
-  template <int m>
+  template <class E, int m>
   D3NET_INLINE void load_taps(int64_t channel, int64_t out, Vec<A>* by_tap) const {
     const int64_t first = std::max<int64_t>(0, -out);
     const int64_t last = std::min<int64_t>(kN, shape.out_channels - out);
     const int64_t width = m > 1 ? 3 : shape.kernel_w, taps = m > 1 ? 9 : shape.kernel_h * width;
-    const X* w =
-        static_cast<const X*>(weight.data) + channel * weight.stride_c + out * weight.stride_k;
+    const E* w =
+        static_cast<const E*>(weight.data) + channel * weight.stride_c + out * weight.stride_k;
     const int64_t step = weight.stride_w;
     if ((step != 1 && step != -1) || weight.stride_h != step * width) {
       for (int64_t tap = 0; tap < taps; ++tap) {
@@ -190,7 +241,7 @@ class TilePass {
       }
       return;
     }
-    const X* lowest = step > 0 ? w : w - (taps - 1);
+    const E* lowest = step > 0 ? w : w - (taps - 1);
     auto run = [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
       Vec<A> block[kN];
       unroll<kN>([&](auto l) __attribute__((always_inline)) {
@@ -214,7 +265,7 @@ class TilePass {
 
   // ---- one task --------------------------------------------------------------------------------
 
-  template <int m>
+  template <int m, bool pairs = false>
   void run_tiles(int64_t task, int64_t next, const A* packed) const {
     static thread_local Scratch v_memory, product_memory;
     const int64_t run = task / plan.shares, next_run = next < 0 ? -1 : next / plan.shares;
@@ -223,11 +274,11 @@ class TilePass {
     const Tiles tiles(grid, run * plan.tiles, plan.tiles);
     const Tiles ahead = next_run <= run ? Tiles() : Tiles(grid, next_run * plan.tiles, plan.tiles);
 
-    const int64_t v_position = input.parts.groups(kN) * plan.tiles * kN + kN;
+    const int64_t v_position = input.parts.groups(pairs ? 2 * kN : kN) * plan.tiles * kN + kN;
     A* v = v_memory.get<A>(positions * v_position);
     int live[kMostTaps];
     const int64_t num_live = m == 1 ? shape.live_taps_of(run * plan.tiles, tiles.count, live) : 0;
-    input.template transform<m>(shape, tiles, live, num_live, v, plan.tiles, v_position);
+    input.template transform<m, pairs>(shape, tiles, live, num_live, v, plan.tiles, v_position);
 
     // The share begins and ends with a chunk.
     const int64_t share = task % plan.shares;
@@ -249,7 +300,7 @@ class TilePass {
       args.channels = input.parts.channels.data();
       args.num_parts = static_cast<int64_t>(input.parts.channels.size());
       args.tiles = plan.tiles, args.products = products;
-      const auto kernel = kMultiply<A>[plan.tiles % 24 == 0][chunk - 1];
+      const auto kernel = kMultiply<A, pairs>[plan.tiles % 24 == 0][chunk - 1];
       if constexpr (m == 1) {
         args.positions = live;
         args.num_positions = num_live;
@@ -274,8 +325,9 @@ class TilePass {
 
   // ---- outputs ---------------------------------------------------------------------------------
 
-  int pieces_of(int64_t vector, Piece<A>* pieces) const {
-    const int64_t channel = (first_vector() + vector) * kN;
+  /// Of the vector whose lane 0 is the pass's output channel `lane`.
+  int pieces_of(int64_t lane, Piece<A>* pieces) const {
+    const int64_t channel = to.begin + lane;
     const int64_t first = std::max<int64_t>(0, to.begin - channel);
     const int64_t last = std::min<int64_t>(kN, to.end - channel);
     const int64_t cut = std::clamp(to.cut - channel, first, last);
@@ -306,14 +358,8 @@ class TilePass {
       }
       return;
     }
-    Piece<A> pieces[2] = {};
-    const int count = pieces_of(vector, pieces);
     const bool measured = std::max<int64_t>(0, channel) < measure.channels;
-    const bool whole = count == 1 && pieces[0].first == 0 && pieces[0].last == kN;
-    const Sums sums = whole ? write_tiles<m>(tiles, products, position,
-                                             Whole(*this, channel, pieces[0], measured))
-                            : write_tiles<m>(tiles, products, position,
-                                             InPieces(*this, channel, pieces, count, measured));
+    const auto sums = write_sums<m>(tiles, channel, measured, products, position);
     if (!measured) return;
     if (channel <= 0) measure.counts[run] = static_cast<double>(sums.count);
     const double n = static_cast<double>(sums.count);
@@ -339,6 +385,20 @@ class TilePass {
     }
   };
 
+  template <int m>
+  Sums write_sums(const Tiles& tiles, int64_t channel, bool measured, const A* products,
+                  int64_t position) const {
+    if constexpr (!std::is_same_v<X, A>)
+      if (channel < completed.channels)
+        return write_tiles<m>(tiles, products, position, Rounding(*this, channel, measured));
+    Piece<A> pieces[2] = {};
+    const int count = pieces_of(channel, pieces);
+    if (count == 1 && pieces[0].first == 0 && pieces[0].last == kN)
+      return write_tiles<m>(tiles, products, position, Whole(*this, channel, pieces[0], measured));
+    return write_tiles<m>(tiles, products, position,
+                          InPieces(*this, channel, pieces, count, measured));
+  }
+
   /// Walks over pixels of a tile in one tensor.
   template <class E>
   struct Walk {
@@ -355,8 +415,8 @@ class TilePass {
 
   Vec<A> bias_of(int64_t channel) const {
     if (!bias) return Vec<A>{};
-    return load_lanes(bias + channel, std::max<int64_t>(0, -channel),
-                      std::min<int64_t>(kN, shape.out_channels - channel));
+    return load_lanes<A>(bias + channel, std::max<int64_t>(0, -channel),
+                         std::min<int64_t>(kN, shape.out_channels - channel));
   }
 
   struct Whole {
@@ -405,12 +465,47 @@ class TilePass {
       A *p = to[0].at(i, j), *q = to[1].at(i, j);
       v += offset;
       if (accumulate) {
-        v += load_lanes(p, first[0], last[0]);
-        if (first[1] < last[1]) v += load_lanes(q, first[1], last[1]);
+        v += load_lanes<A>(p, first[0], last[0]);
+        if (first[1] < last[1]) v += load_lanes<A>(q, first[1], last[1]);
       }
       if (measured) sums.add(v);
-      store_lanes(p, v, first[0], last[0]);
-      if (first[1] < last[1]) store_lanes(q, v, first[1], last[1]);
+      store_lanes<A>(p, v, first[0], last[0]);
+      if (first[1] < last[1]) store_lanes<A>(q, v, first[1], last[1]);
+    }
+  };
+
+  /// Lanes below `cut` are complete, those from there on stay sums.
+  struct Rounding {
+    Walk<A> to;
+    Walk<X> kept;
+    int64_t first, cut, last;
+    Vec<A> offset;
+    bool accumulate;
+    bool measured;
+    Sums sums;
+
+    Rounding(const TilePass& pass, int64_t channel, bool is_measured)
+        : to(pass.to.low, pass.shape),
+          kept(pass.completed.slab, pass.shape),
+          first(std::max<int64_t>(0, -channel)),
+          cut(std::min<int64_t>(kN, pass.completed.channels - channel)),
+          last(std::min<int64_t>(kN, pass.shape.out_channels - channel)),
+          offset(pass.bias_of(channel)),
+          accumulate(pass.accumulate),
+          measured(is_measured) {
+      to.slab.data += pass.to.begin + channel;
+      kept.slab.data += channel;
+    }
+    D3NET_INLINE void begin(const Origin& tile) {
+      to.begin(tile);
+      kept.begin(tile);
+    }
+    D3NET_INLINE void put(int64_t i, int64_t j, Vec<A> v) {
+      v += offset;
+      if (accumulate) v += load_lanes<A>(to.at(i, j), first, last);
+      if (measured) sums.add(v);
+      store_lanes<A>(kept.at(i, j), v, first, cut);
+      if (cut < last) store_lanes<A>(to.at(i, j), v, cut, last);
     }
   };
 
@@ -537,7 +632,9 @@ class TilePass {
                                      int64_t chunk) const {
     const int i = (p - m) / m, j = (p - m) % m;  // positions m .. m + m * m - 1 each take an output
     if (m > 1 && (p < m || i >= m)) return;
-    const int64_t begin = (first_vector() + first) * kN, end = begin + chunk * kN;
+    const int64_t end = (first_vector() + first + chunk) * kN;
+    int64_t begin = (first_vector() + first) * kN;
+    if (!accumulate) begin = std::max(begin, to.begin + completed.channels);  // never in sums
     for (int64_t t = 0; t < tiles.count; ++t) {
       const Origin& tile = tiles.at[t];
       const int64_t y = tile.y + (m > 1 ? i * shape.dilation_h : 0);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "plan.h"
 #include "tile_grid.h"
@@ -67,6 +68,7 @@ struct PassShape {
 
 struct PassPlan {
   Algorithm algorithm = Algorithm::direct;
+  bool pairs = false;  // direct products of two channels at once, rounded to bfloat16
   int64_t tiles = 24;  // of one task
   int64_t shares = 1;  // of the output channels: so many tasks work on the same tiles
 };
@@ -84,7 +86,8 @@ inline double mean_live_taps(int64_t size, int64_t kernel, int64_t dilation, int
 
 /// Modelled cycles of one core: two FMA a cycle, and what a tile costs to transform, in and out,
 /// per vector of channels (from counting loads, stores and arithmetic).
-inline double pass_cost(const PassShape& s, Algorithm algorithm, Machine machine) {
+inline double pass_cost(const PassShape& s, Algorithm algorithm, Machine machine,
+                        bool pairs = false) {
   const double tiles = static_cast<double>(s.grid(algorithm).count());
   const double in_vectors = static_cast<double>(ceil_div(s.in_channels, machine.lanes));
   const double out_vectors = static_cast<double>(ceil_div(s.out_channels, machine.lanes));
@@ -95,9 +98,10 @@ inline double pass_cost(const PassShape& s, Algorithm algorithm, Machine machine
   } else if (algorithm == Algorithm::direct) {
     taps = mean_live_taps(s.height, s.kernel_h, s.dilation_h, 1) *
            mean_live_taps(s.width, s.kernel_w, s.dilation_w, kMostTiles);
-    in = 2.5 * taps, out = 5;
+    in = (pairs ? 4 : 2.5) * taps, out = 5;
   }
-  return tiles * (taps * products / 2 + in * in_vectors + out * out_vectors);
+  const double a_cycle = pairs ? 4 : 2;
+  return tiles * (taps * products / a_cycle + in * in_vectors + out * out_vectors);
 }
 
 /// What it costs to pack the weights: measured, most of it the stores that miss the caches.
@@ -113,19 +117,21 @@ inline double packing_cost(const PassShape& s, Algorithm algorithm, Machine mach
 /// where the weights stay, and results are not to depend on whether they do.
 inline PassPlan plan_pass(const PassShape& s, Precision precision, bool exact, Machine machine) {
   PassPlan plan;
-  if (s.kernel_h == 3 && s.kernel_w == 3 && !exact) {
-    auto cost_of = [&](Algorithm algorithm) {
-      return pass_cost(s, algorithm, machine) + packing_cost(s, algorithm, machine) / 4;
-    };
-    double best = cost_of(Algorithm::direct);
-    for (const Algorithm algorithm : {Algorithm::winograd2, Algorithm::winograd4}) {
-      if (algorithm == Algorithm::winograd4 && precision == Precision::highest) continue;
-      const double cost = cost_of(algorithm);
-      if (cost < best) {
-        best = cost;
-        plan.algorithm = algorithm;
-      }
-    }
+  double best = std::numeric_limits<double>::infinity();
+  auto consider = [&](Algorithm algorithm, bool pairs) {
+    const double cost =
+        pass_cost(s, algorithm, machine, pairs) + packing_cost(s, algorithm, machine) / 4;
+    if (cost >= best) return;
+    best = cost;
+    plan.algorithm = algorithm;
+    plan.pairs = pairs;
+  };
+  consider(Algorithm::direct, false);
+  if (!exact) {
+    const bool transforms = s.kernel_h == 3 && s.kernel_w == 3;
+    if (transforms) consider(Algorithm::winograd2, false);
+    if (transforms && precision >= Precision::high) consider(Algorithm::winograd4, false);
+    if (machine.pairs && precision == Precision::medium) consider(Algorithm::direct, true);
   }
   // Small maps are cut finer, so that there are tasks to share.
   const int64_t tiles = s.grid(plan.algorithm).count();

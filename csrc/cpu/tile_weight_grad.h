@@ -23,7 +23,8 @@ class TileWeightGradient {
   Algorithm algorithm = Algorithm::direct;
   TileInput<In, A> input;
   Slab<const A> gradient;  // data: the first output channel
-  In* to = nullptr;        // (out_channels, in_channels, kernel_h, kernel_w)
+  void* to = nullptr;      // (out_channels, in_channels, kernel_h, kernel_w)
+  bool wide = false;       // of type A, not In
   int64_t to_stride = 0;   // between output channels; all else is dense
 
   /// Elements of memory that run() needs, shared by the threads.
@@ -97,8 +98,8 @@ class TileWeightGradient {
         const Tiles some(grid, begin + first, std::min(kTilesAtOnce, count - first));
         int every[kMostTaps];
         for (int q = 0; q < kMostTaps; ++q) every[q] = q;
-        input.template transform<m>(shape, some, every, m == 1 ? positions : 0, v + first * kN,
-                                    l.panel, l.v_position);
+        input.template transform<m, false>(shape, some, every, m == 1 ? positions : 0,
+                                           v + first * kN, l.panel, l.v_position);
         spread_gradients<m>(l, some, d + first * kN);
       });
       int live[kMostTaps] = {};
@@ -225,9 +226,12 @@ class TileWeightGradient {
         for (int i = 0; i < 3; ++i) by_tap[i * 3 + j] = narrow(result[i]);
       }
     }
-    for (int64_t k = 0; k < std::min<int64_t>(kN, shape.out_channels - out); ++k)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        store_one<A>(to + (out + k) * to_stride + channel * taps + tap, by_tap[tap][k]);
+    auto write = [&](auto* weights) {
+      for (int64_t k = 0; k < std::min<int64_t>(kN, shape.out_channels - out); ++k)
+        for (int64_t tap = 0; tap < taps; ++tap)
+          store_one<A>(weights + (out + k) * to_stride + channel * taps + tap, by_tap[tap][k]);
+    };
+    wide ? write(static_cast<A*>(to)) : write(static_cast<In*>(to));
   }
 };
 
