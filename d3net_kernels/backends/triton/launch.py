@@ -149,8 +149,10 @@ def backward_weight(
     config = call.config("backward_weight", sum(pieces))
     layout = layout_of(call.views, call.width)
     channels = [view.channels for view in call.views]
-    # Where the channels are adjacent a thread holds psi's numbers for eight: too many registers.
-    blocks = configs.channel_blocks(channels, config.channels, rest=layout is parts.PLANES)
+    aligned = alignment(call.views, layout, call.width, weight.element_size())
+    # Without loads of 16 bytes along a row a thread holds more channels: too many registers.
+    whole = layout is parts.PLANES and aligned * weight.element_size() == 16
+    blocks = configs.channel_blocks(channels, config.channels, rest=whole)
     output_blocks = -(-outputs // sum(pieces))
     padded = output_blocks * sum(pieces)
     prepared_grad = prepare([grad_output], configs.GRAIN, padded)
@@ -178,7 +180,7 @@ def backward_weight(
         prepared_grad.pitch,
         *call.radii,
         LAYOUT=layout,
-        ALIGNED=alignment(call.views, layout, call.width, weight.element_size()),
+        ALIGNED=aligned,
         WIDE=need_wide_offsets([prepared_grad.image, *inputs]),
         AFFINE=scale is not None,
         RELU=relu,

@@ -130,7 +130,7 @@ def backward_data(
     p = first + tl.arange(0, PIXELS)
     pixels_inside = area
     if LAYOUT == PLANES:
-        pixels_inside = tl.multiple_of(pixels_inside, ALIGNED)
+        pixels_inside = area // ALIGNED * ALIGNED
     inside = p < pixels_inside
 
     block = tl.program_id(1)

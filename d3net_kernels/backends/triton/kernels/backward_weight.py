@@ -220,7 +220,7 @@ def backward_weight(
     patch = 0
     n, h = (line // H).to(tl.int32), (line % H).to(tl.int32)
     steps = tl.maximum(end - line, 0).to(tl.int32) * patches
-    for _ in tl.range(steps, num_stages=STAGES):
+    for _ in tl.range(steps, num_stages=STAGES, disable_licm=True):
         w = patch * PIXELS
         away = w + tl.arange(0, PIXELS) - step_w
         # Left of the image is, without a sign, far right of it.

@@ -67,7 +67,7 @@ def prepare(
     if LAYOUT == CHANNELS_LAST:
         remaining = tl.multiple_of(remaining, ALIGNED)
     if LAYOUT == PLANES:
-        pixels = tl.multiple_of(pixels, ALIGNED)
+        pixels = area // ALIGNED * ALIGNED
     there = c < remaining
     inside = p < pixels
 
