@@ -75,7 +75,7 @@ _SHIPPED = {
     2: {
         "forward": (Config(256, 16, 2, 3), Config(128, 16, 2, 3), Config(128, 16, 4, 3)),
         "backward_data": (Config(256, 16, 2, 3), Config(128, 16, 2, 3), Config(128, 16, 4, 3)),
-        "backward_weight": (Config(64, 16, 1, 2), Config(16, 32, 1, 2), Config(16, 32, 2, 2)),
+        "backward_weight": (Config(32, 16, 1, 2), Config(16, 32, 1, 2), Config(16, 32, 2, 2)),
     },
     4: {
         "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(64, 16, 4, 2)),
