@@ -226,10 +226,18 @@ class TileWeightGradient {
         for (int i = 0; i < 3; ++i) by_tap[i * 3 + j] = narrow(result[i]);
       }
     }
+    const int64_t outs = std::min<int64_t>(kN, shape.out_channels - out);
+    // The taps of an output channel follow each other in memory.
     auto write = [&](auto* weights) {
-      for (int64_t k = 0; k < std::min<int64_t>(kN, shape.out_channels - out); ++k)
-        for (int64_t tap = 0; tap < taps; ++tap)
-          store_one<A>(weights + (out + k) * to_stride + channel * taps + tap, by_tap[tap][k]);
+      weights += out * to_stride + channel * taps;
+      for (int64_t begin = 0; begin < taps; begin += kN) {
+        const int64_t some = std::min<int64_t>(kN, taps - begin);
+        Vec<A> block[kN];
+        for (int64_t t = 0; t < kN; ++t) block[t] = t < some ? by_tap[begin + t] : Vec<A>{};
+        transpose<A>(block);
+        for (int64_t k = 0; k < outs; ++k)
+          store_first<A>(weights + k * to_stride + begin, block[k], some);
+      }
     };
     wide ? write(static_cast<A*>(to)) : write(static_cast<In*>(to));
   }
