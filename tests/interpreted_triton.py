@@ -7,6 +7,7 @@ import threading
 import grid
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import d3net_kernels as dk
 from d3net_kernels import numerics, ops, reference
@@ -102,6 +103,80 @@ def test_compiled_as_one_node(generator: torch.Generator) -> None:
     assert torch.equal(out, expected)
     called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert called == [ops.TRITON.multidilated_conv2d]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_training_step(dynamic: bool, generator: torch.Generator) -> None:
+    """Gradients through torch.compile's own tracing of the operators, twice, at two widths."""
+
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    def layer(inputs: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+        return dk.multidilated_conv2d(inputs, weight, relu=True)
+
+    for width in (6, 9):
+        case = grid.Case("", channels=(3, 2), out_channels=4, size=(2, 5, width), psi=None)
+        problem = case.problem(generator)
+        tensors = [*problem.inputs, problem.weight]
+        with dk.use_backend("triton"):
+            compiled = layer(problem.inputs, problem.weight)
+            plain = dk.multidilated_conv2d(problem.inputs, problem.weight, relu=True)
+        assert torch.equal(compiled, plain)
+        gradients = torch.autograd.grad(compiled, tensors, problem.grad_output)
+        expected = torch.autograd.grad(plain, tensors, problem.grad_output)
+        assert all(map(torch.equal, gradients, expected))
+
+
+def test_compiled_function_follows_use_backend(generator: torch.Generator) -> None:
+    problem = SMALL.problem(generator)
+    targets: list[object] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        targets.extend(n.target for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    @torch.compile(backend=keep, fullgraph=True)
+    def layer(*inputs: torch.Tensor) -> torch.Tensor:
+        return dk.multidilated_conv2d(list(inputs), problem.weight)
+
+    layer(*problem.inputs)
+    with dk.use_backend("triton"):
+        layer(*problem.inputs)
+    layer(*problem.inputs)
+    default, triton = ops.DEFAULT.multidilated_conv2d, ops.TRITON.multidilated_conv2d
+    assert targets == [default, triton]
+
+
+def test_fake_cuda_tensors(generator: torch.Generator) -> None:
+    """What torch.compile sees of a GPU's tensors: shapes, devices and strides, here without one."""
+    with FakeTensorMode():
+        inputs = [torch.empty(2, c, 8, 9, device="cuda:0") for c in (4, 3)]
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+        weight = torch.empty(5, 7, 3, 3, device="cuda:0")
+        psi = ([1, 1, 2, 2], None, None, True)
+        out = ops.TRITON.multidilated_conv2d(inputs, weight, None, *psi)
+        (to_x, not_wanted), _, _ = ops.TRITON.backward_data(out, inputs, weight, *psi, [1, 0])
+        to_weight, to_bias = ops.TRITON.backward_weight(out, inputs, weight, *psi)
+    assert (out.shape, out.stride()) == ((2, 5, 8, 9), (360, 1, 45, 5))
+    assert (to_x.shape, to_x.stride(), not_wanted.numel()) == (inputs[0].shape, (288, 1, 36, 4), 0)
+    assert (to_weight.shape, to_bias.shape) == (weight.shape, (5,))
+    assert {t.device.type for t in (out, to_x, to_weight, to_bias)} == {"cuda"}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 3), (1, 3)])
+def test_not_finite_in_the_weight_gradient(
+    value: float, kernel: tuple[int, int], generator: torch.Generator
+) -> None:
+    """It reaches the taps that see it and no other: the corners are hidden from most."""
+    case = grid.Case("", (4, 3), size=(2, 6, 9), kernel=kernel, relu=False, needs=("weight",))
+    problem = case.problem(generator)
+    problem.inputs[0][0, 1, 0, 0] = value
+    problem.inputs[1][1, 2, 5, 8] = value
+    results = grid.BACKENDS["triton"](problem)
+    grid.assert_right(problem, results)
+    gradient = results["grad weight"][:, 1]
+    assert not gradient.isfinite().all()
+    assert gradient.isfinite().any()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

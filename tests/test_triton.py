@@ -17,7 +17,7 @@ from d3net_kernels.__main__ import main
 
 pytest.importorskip("triton")
 
-from d3net_kernels.backends.triton import configs, views
+from d3net_kernels.backends.triton import configs, dispatch, launch, views
 from d3net_kernels.backends.triton.kernels import parts
 
 TESTS = Path(__file__).parent
@@ -129,18 +129,6 @@ def test_output_blocks_of_d3net() -> None:
     assert configs.output_blocks([20]) == (16, 8)
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 900), (211, 3), (64, 352), (32, 200)])
-def test_patch_columns(height: int, width: int) -> None:
-    """No other power of two covers the map with fewer pixels."""
-    columns = configs.patch_columns(height, width, 64)
-
-    def covered(columns: int) -> int:
-        rows = 64 // columns
-        return -(-width // columns) * columns * -(-height // rows) * rows
-
-    assert covered(columns) == min(covered(1 << i) for i in range(3, 7))
-
-
 def test_alignment() -> None:
     """Runs of elements that one load may take, in a type of 2 bytes."""
 
@@ -158,12 +146,45 @@ def test_alignment() -> None:
     assert of(last[:, 2:10]) == (parts.CHANNELS_LAST, 2)  # which start at 4 bytes
 
 
-def test_channels_block() -> None:
-    """What the largest source fills, from 16 on, and no more than the configuration has."""
-    config = configs.Config(64, 64, 2, 2)
-    assert [configs.channels_block(config, [n, 1]) for n in (1, 13, 17, 36, 144)] == [
-        *(16, 16, 32, 64, 64)
-    ]
+def test_channel_blocks() -> None:
+    """Of D3Net's sources: two blocks cover 36 channels, and 144, with fewer in vain than one."""
+    assert configs.channel_blocks([144, 36, 36], 32, rest=True) == (32, 16)
+    assert configs.channel_blocks([144, 36, 36], 32, rest=False) == (32, 0)
+    assert configs.channel_blocks([13, 1], 32, rest=True) == (16, 0)
+
+
+def test_no_tf32_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There most GPUs lack it, and Triton refuses to compile."""
+
+    class Tensor:
+        is_cuda, dtype = True, torch.float32
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    try:
+        assert launch._precision(Tensor()) == "tf32"  # type: ignore[arg-type]
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert launch._precision(Tensor()) == "ieee"  # type: ignore[arg-type]
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_compiler_asks_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question would break its graph; the operator itself refuses where it runs."""
+
+    class Tensor:
+        device = torch.device("cuda", 0)
+        dtype = torch.float32
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert dk.why_not("triton", Tensor()) is None  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    forward = dispatch._kernel_or_error("forward", 0)
+    with pytest.raises(RuntimeError, match="triton backend is not available: GPU is sm_75"):
+        forward([Tensor()])
 
 
 def test_cache_round_trip(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ... import checks
 
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 and TF32
-MOST_SOURCES = 64  # their numbers travel as arguments of the kernel, which hold 4 KB
+MOST_SOURCES = 64  # their numbers travel as arguments of the kernel: 8 KB of 32
 
 
 def interpreted() -> bool:
@@ -42,7 +42,9 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
             return f"a tensor is on {t.device}; the triton backend serves {wanted} tensors here"
         if t.dtype not in checks.ACCEPTED_DTYPES:
             return f"a tensor has dtype {t.dtype}, for which there is no kernel"
-        if wanted == "cuda" and torch.version.hip is None:
+        # torch.compile must not trace this question to the driver; the launch asks it again.
+        ask_driver = wanted == "cuda" and not torch.compiler.is_compiling()
+        if ask_driver and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(t.device)
             if capability < OLDEST_CAPABILITY:
                 name, (major, minor) = torch.cuda.get_device_name(t.device), capability

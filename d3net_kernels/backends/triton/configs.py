@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 KERNELS = ("forward", "backward_data", "backward_weight")
-GRAIN = 16  # channels that the weight gradient's workspaces fill sources up to
+GRAIN = 16  # channels that the weight gradient's workspace and blocks come in
+MOST_TAPS = 3  # of a column of them, in one program of the weight gradient
 _SHARED = 32  # a program's common work, in outputs: what reading a pixel for all of them is worth
 _WAVES = 4  # programs a multiprocessor should get of the weight gradient, where rows allow it
 
@@ -27,8 +28,9 @@ _WAVES = 4  # programs a multiprocessor should get of the weight gradient, where
 class Config(NamedTuple):
     """Block sizes and compiler options of one launch.
 
-    pixels: those of a tile, or of a patch in the weight gradient. channels: those of a chunk, or of
-    a block in the weight gradient. warps, stages: Triton's num_warps and num_stages.
+    pixels: those of a tile, or of a piece of a row in the weight gradient. channels: those of a
+    chunk, or of the largest block in the weight gradient.
+    warps, stages: Triton's num_warps and num_stages.
     """
 
     pixels: int
@@ -73,12 +75,12 @@ _SHIPPED = {
     2: {
         "forward": (Config(256, 16, 2, 3), Config(128, 16, 2, 3), Config(128, 16, 4, 3)),
         "backward_data": (Config(256, 16, 2, 3), Config(128, 16, 2, 3), Config(128, 16, 4, 3)),
-        "backward_weight": (Config(64, 64, 2, 2), Config(64, 64, 2, 2), Config(64, 64, 4, 2)),
+        "backward_weight": (Config(32, 16, 1, 2), Config(16, 32, 1, 2), Config(16, 32, 2, 2)),
     },
     4: {
         "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(64, 16, 4, 2)),
         "backward_data": (Config(64, 16, 4, 2), Config(64, 16, 4, 2), Config(64, 16, 8, 2)),
-        "backward_weight": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 2)),
+        "backward_weight": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(32, 32, 8, 2)),
     },
     8: {
         "forward": (Config(32, 16, 4, 2),) * 3,
@@ -100,34 +102,31 @@ def shipped(key: Key) -> Config:
     return _SHIPPED[key.dtype.itemsize][key.kernel][key.bucket]
 
 
-def output_blocks(groups: Sequence[int], largest: int = 64) -> tuple[int, int]:
-    """BLOCK and REST of the kernels, for outputs in groups each of which fills whole blocks.
+def output_blocks(groups: Sequence[int]) -> tuple[int, int]:
+    """BLOCK and REST of the kernels, for outputs in groups each of which fills whole blocks."""
+    return _blocks(groups, 8, 64)
 
-    BLOCK is a power of two from 8 to `largest`, REST 0 or a smaller one. A program costs its
-    outputs, padded ones too, and what it does once for all of them.
+
+def channel_blocks(groups: Sequence[int], largest: int, rest: bool) -> tuple[int, int]:
+    """The like for the channels of sources in the weight gradient; without `rest`, one block."""
+    return _blocks(groups, GRAIN, largest, rest)
+
+
+def _blocks(
+    groups: Sequence[int], smallest: int, largest: int, rest: bool = True
+) -> tuple[int, int]:
+    """A power of two from `smallest` to `largest`, and 0 or a smaller one, to cover all groups.
+
+    A program costs what it covers, in vain too, and what it does once for all of that.
     """
 
     def cost(pieces: tuple[int, int]) -> tuple[int, int]:
         programs = sum(-(-group // sum(pieces)) for group in groups)
         return programs * (sum(pieces) + _SHARED), pieces[1]
 
-    powers = [1 << i for i in range(3, largest.bit_length())]
-    return min(((b, r) for b in powers for r in (0, *powers) if r < b), key=cost)
-
-
-def channels_block(config: Config, groups: Sequence[int]) -> int:
-    """Channels of a program of the weight gradient: no more than the largest source fills."""
-    return min(config.channels, max(GRAIN, 1 << (max(groups) - 1).bit_length()))
-
-
-def patch_columns(height: int, width: int, pixels: int) -> int:
-    """How wide a patch of `pixels` is that covers a map with the fewest padded ones."""
-
-    def cost(columns: int) -> tuple[int, int]:
-        rows = pixels // columns
-        return -(-width // columns) * -(-height // rows), -columns
-
-    return min((1 << i for i in range(3, pixels.bit_length())), key=cost)
+    powers = [1 << i for i in range(smallest.bit_length() - 1, largest.bit_length())]
+    smaller = powers if rest else []
+    return min(((b, r) for b in powers for r in (0, *smaller) if r < b), key=cost)
 
 
 def slabs(device: torch.device, programs: int, rows: int) -> int:

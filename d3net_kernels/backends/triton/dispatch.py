@@ -32,6 +32,19 @@ def _kernel(name: str) -> Callable[..., Any]:
     return kernel
 
 
+def _kernel_or_error(name: str, sources_at: int) -> Callable[..., Any]:
+    """The launch, or the reason why it cannot be: what torch.compile traced asked no driver."""
+    launch = _kernel(name)
+
+    def kernel(*arguments: Any) -> Any:
+        reason = why_not(arguments[sources_at])
+        if reason is not None:
+            raise RuntimeError(f"the triton backend is not available: {reason}")
+        return launch(*arguments)
+
+    return kernel
+
+
 def _kernel_or_composite(name: str, sources_at: int) -> Callable[..., Any]:
     """The launch, or plain torch where that cannot serve; composite.py says so once."""
     kernel, fallback = _kernel(name), getattr(composite, name)
@@ -47,8 +60,8 @@ def _has_kernel(op: Any, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
 
 
-for _op, _name in zip(ops.TRITON, _NAMES, strict=True):
-    ops.library.impl(_op, _kernel(_name), "CPU" if interpreted() else "CUDA")
+for _op, _name, _at in zip(ops.TRITON, _NAMES, _SOURCES_AT, strict=True):
+    ops.library.impl(_op, _kernel_or_error(_name, _at), "CPU" if interpreted() else "CUDA")
 for _op, _name, _at in zip(ops.DEFAULT, _NAMES, _SOURCES_AT, strict=True):
     if not _has_kernel(_op, "CUDA"):
         ops.library.impl(_op, _kernel_or_composite(_name, _at), "CUDA")

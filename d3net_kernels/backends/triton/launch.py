@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import _layout
 from . import configs, interpreted
+from .kernels import parts
 from .kernels.backward_data import backward_data as backward_data_kernel
 from .kernels.backward_weight import backward_weight as backward_weight_kernel
 from .kernels.forward import forward as forward_kernel
@@ -146,34 +147,47 @@ def backward_weight(
     outputs, _, *taps = weight.shape
     pieces = configs.output_blocks([outputs])
     config = call.config("backward_weight", sum(pieces))
-    channels_block = configs.channels_block(config, [view.channels for view in call.views])
+    layout = layout_of(call.views, call.width)
+    channels = [view.channels for view in call.views]
+    aligned = alignment(call.views, layout, call.width, weight.element_size())
+    # Without loads of 16 bytes along a row a thread holds more channels: too many registers.
+    whole = layout is parts.PLANES and aligned * weight.element_size() == 16
+    blocks = configs.channel_blocks(channels, config.channels, rest=whole)
     output_blocks = -(-outputs // sum(pieces))
     padded = output_blocks * sum(pieces)
-    prepared = call.prepare(configs.GRAIN)
     prepared_grad = prepare([grad_output], configs.GRAIN, padded)
-    sources, blocks = call.sources(channels_block, range(len(inputs)), prepared.starts)
-    programs = blocks * taps[0] * taps[1]
+    taps_of_program = min(taps[0], configs.MOST_TAPS)
+    sources, programs = call.tap_sources(sum(blocks), taps_of_program)
     slabs = configs.slabs(inputs[0].device, programs * output_blocks, call.batch * call.height)
     partial = call.accumulators(slabs, *taps, weight.shape[1], padded)
+    if call.has_dead_taps():
+        partial.zero_()
     call.launch(
         backward_weight_kernel,
-        (slabs, programs, output_blocks),
+        (programs, slabs, output_blocks),
         config,
         pieces,
         partial,
-        prepared.data,
+        # The kernel takes some tensor for what is not there, and does not touch it.
+        weight if scale is None else scale.contiguous(),
+        weight if shift is None else shift.contiguous(),
         prepared_grad.data,
         packed_sources([source.numbers() for source in sources]),
         call.batch,
         call.height,
         call.width,
         weight.shape[1],
-        prepared.pitch,
         prepared_grad.pitch,
         *call.radii,
-        WIDE=need_wide_offsets([prepared.image, prepared_grad.image]),
-        COLUMNS=configs.patch_columns(call.height, call.width, config.pixels),
-        CHANNELS_BLOCK=channels_block,
+        LAYOUT=layout,
+        ALIGNED=aligned,
+        WIDE=need_wide_offsets([prepared_grad.image, *inputs]),
+        AFFINE=scale is not None,
+        RELU=relu,
+        TAPS=taps_of_program,
+        COLUMN=taps_of_program == taps[0],
+        CHANNELS_BLOCK=blocks[0],
+        CHANNELS_REST=blocks[1],
         GRAIN=configs.GRAIN,
     )
     grad_weight = partial.sum(0)[..., :outputs].permute(3, 2, 0, 1)
@@ -228,6 +242,30 @@ class _Call:
             sources.append(Source(self.views[i], self.dilations[i], *where))
             blocks += -(-self.views[i].channels // block)
         return sources, blocks
+
+    def live_taps(self) -> list[tuple[int, int]]:
+        """By source, how many rows and columns of taps reach into the map."""
+
+        def along(radius: int, size: int, dilation: int) -> int:
+            return 2 * min(radius, (size - 1) // dilation) + 1
+
+        (radius_h, radius_w), (height, width) = self.radii, (self.height, self.width)
+        return [
+            (along(radius_h, height, dh), along(radius_w, width, dw)) for dh, dw in self.dilations
+        ]
+
+    def has_dead_taps(self) -> bool:
+        """Whether a tap of any source sees nothing but padding."""
+        return any(live != tuple(self.weight.shape[2:]) for live in self.live_taps())
+
+    def tap_sources(self, block: int, taps: int) -> tuple[list[Source], int]:
+        """The sources, each in programs for a block of channels at `taps` taps of a column."""
+        sources, programs = [], 0
+        whole, _ = self.sources(block, range(len(self.views)), [0] * len(self.views))
+        for source, (rows, columns) in zip(whole, self.live_taps(), strict=True):
+            sources.append(source._replace(first_block=programs))
+            programs += -(-source.view.channels // block) * columns * -(-rows // taps)
+        return sources, programs
 
     def accumulators(self, *shape: int) -> Tensor:
         """Memory for sums."""
@@ -320,7 +358,11 @@ def _mean_and_variance(moments: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _precision(t: Tensor) -> str:
-    """TF32 where torch's own convolutions may use it, else all bits of float32."""
+    """TF32 where torch's own convolutions may use it, else all bits of float32.
+
+    Never on AMD's GPUs, most of which have no such type: Triton would refuse to compile.
+    """
     convolutions: Any = torch.backends.cudnn
-    allowed = t.is_cuda and convolutions.conv.fp32_precision == "tf32"
+    cuda = t.is_cuda and torch.version.hip is None
+    allowed = cuda and convolutions.conv.fp32_precision == "tf32"
     return "tf32" if t.dtype == torch.float32 and allowed else "ieee"

@@ -1,6 +1,6 @@
 """What runs on the GPU.
 
-prepare.py evaluates psi once for every element, before the convolution: it writes the sources of a
+prepare.py evaluates psi once for every element, before a forward pass: it writes the sources of a
 call into one workspace, pixel by pixel, so that whatever their layout and normalisation a tap is a
 plain copy of 16 bytes a thread into shared memory. (A tap that evaluates psi itself costs three to
 four times the instructions: Triton cannot shift a tile that lies in shared memory.)
@@ -9,8 +9,9 @@ The other three are implicit matrix products over pixels. In the forward pass an
 a program owns a tile of pixels of one image, which runs along the rows, flattened, so that any map
 fills it. Per source it walks over chunks of channels and, within one, over those taps that reach
 into the map from at least one pixel of the tile. In the weight gradient a program owns a block of
-channels at one tap and walks over the patches of a slab of rows, those only whose tap is inside the
-map.
+channels at the taps of one column and walks over a slab of rows; there it is the gradient of the
+output that moves (prepared too), so that the sources are read where they lie, psi on load, once for
+all taps of the program.
 
 Outputs are covered by one block of a power of two, BLOCK, and optionally a smaller one behind it,
 REST: 36 outputs are 32 + 8 and not 64.

@@ -45,7 +45,7 @@ def add_source(
     """
     h, w = (p // W).to(tl.int32), (p % W).to(tl.int32)
     # The rows and columns that the tile has pixels in, and how many taps these can step each way.
-    last = tl.minimum(first + PIXELS, H * W) - 1
+    last = tl.minimum(first + PIXELS, H.to(p.dtype) * W) - 1
     h_first, h_last = (first // W).to(tl.int32), (last // W).to(tl.int32)
     one_row = h_first == h_last
     w_first = tl.where(one_row, (first % W).to(tl.int32), 0)

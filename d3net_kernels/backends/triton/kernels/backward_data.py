@@ -25,6 +25,7 @@ from .parts import (
     STRIDE_W,
     UNSPECIALIZED,
     X,
+    area_of,
     channel_offsets,
     number,
     pixel_offsets,
@@ -121,16 +122,15 @@ def backward_data(
     behind the last output. ALIGNED holds of the sources and of their gradients. `sums` is
     (programs of axis 0, 2, sum C_i): of m x gy and of m gy.
     """
-    tiles = tl.cdiv(H * W, PIXELS)
+    area = area_of(H, W, WIDE)
+    tiles = tl.cdiv(area, PIXELS)
     n = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles
-    if WIDE:
-        first = first.to(tl.int64)
+    first = tl.program_id(0) % tiles  # 64 bits where the area has them
     first *= PIXELS
     p = first + tl.arange(0, PIXELS)
-    pixels_inside = H * W
+    pixels_inside = area
     if LAYOUT == PLANES:
-        pixels_inside = tl.multiple_of(pixels_inside, ALIGNED)
+        pixels_inside = area // ALIGNED * ALIGNED
     inside = p < pixels_inside
 
     block = tl.program_id(1)

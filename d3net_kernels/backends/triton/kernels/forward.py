@@ -13,6 +13,7 @@ from .parts import (
     PREPARED_START,
     UNALIGNED,
     UNSPECIALIZED,
+    area_of,
     number,
 )
 
@@ -86,11 +87,10 @@ def forward(
     (kh, kw, pitch, K), zeros at the channels that fill up sources and behind the last K to whole
     blocks. `moments` is (programs of axis 0, 3, K).
     """
-    tiles = tl.cdiv(H * W, PIXELS)
+    area = area_of(H, W, WIDE)
+    tiles = tl.cdiv(area, PIXELS)
     n = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles
-    if WIDE:
-        first = first.to(tl.int64)
+    first = tl.program_id(0) % tiles  # 64 bits where the area has them
     first *= PIXELS
     p = first + tl.arange(0, PIXELS)
     k = tl.program_id(1) * (BLOCK + REST) + tl.arange(0, BLOCK)
@@ -134,7 +134,7 @@ def forward(
             STAGES,
         )
 
-    inside = p < H * W
+    inside = p < area
     out += n * out_stride_n
     moments += tl.program_id(0).to(tl.int64) * 3 * K
     _write_output(

@@ -32,7 +32,7 @@ CHANNELS_LAST = tl.constexpr(
 STRIDED = tl.constexpr(2)
 
 # Sizes that differ from layer to layer, and whose alignment or being 1 helps nothing.
-UNSPECIALIZED = ["num_sources", "H", "W", "K", "total_channels", "radius_h", "radius_w"]
+UNSPECIALIZED = ["num_sources", "N", "H", "W", "K", "total_channels", "radius_h", "radius_w"]
 # Were outputs known to be aligned, threads would own runs of pixels to write them in one piece, and
 # neighbours would read the sources of the data gradient from far apart.
 UNALIGNED = ["out_stride_n", "out_stride_c", "out_stride_w"]
@@ -57,6 +57,12 @@ def source_of(sources, block):
         first = (sources[i][FIRST_BLOCK] - PACKED_OFFSET) >> 1
         s += (block >= first).to(tl.int32)
     return s
+
+
+@triton.jit
+def area_of(H, W, WIDE: tl.constexpr):
+    """Pixels of an image, in 64 bits where WIDE."""
+    return (H.to(tl.int64) if WIDE else H) * W
 
 
 @triton.jit

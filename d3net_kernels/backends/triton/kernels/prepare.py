@@ -19,6 +19,7 @@ from .parts import (
     STRIDED,
     UNSPECIALIZED,
     X,
+    area_of,
     channel_offsets,
     number,
     pixel_offsets,
@@ -50,11 +51,10 @@ def prepare(
     `out` is (N, H, W, pitch). Each source starts at a multiple of CHANNELS_BLOCK, its last block is
     filled up with zeros.
     """
-    tiles = tl.cdiv(H * W, PIXELS)
+    area = area_of(H, W, WIDE)
+    tiles = tl.cdiv(area, PIXELS)
     n = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tl.program_id(0) % tiles
-    if WIDE:
-        first = first.to(tl.int64)
+    first = tl.program_id(0) % tiles  # 64 bits where the area has them
     p = first * PIXELS + tl.arange(0, PIXELS)
 
     block = tl.program_id(1)
@@ -63,11 +63,11 @@ def prepare(
     start = (block - number(sources, s, FIRST_BLOCK).to(tl.int32)) * CHANNELS_BLOCK
     c = start + tl.arange(0, CHANNELS_BLOCK)
     remaining = channels
-    pixels = H * W
+    pixels = area
     if LAYOUT == CHANNELS_LAST:
         remaining = tl.multiple_of(remaining, ALIGNED)
     if LAYOUT == PLANES:
-        pixels = tl.multiple_of(pixels, ALIGNED)
+        pixels = area // ALIGNED * ALIGNED
     there = c < remaining
     inside = p < pixels
 
