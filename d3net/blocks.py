@@ -54,14 +54,25 @@ def folded_norm(conv: nn.Conv2d, norm: nn.Module) -> ConvParams | None:
     """One convolution in place of `conv` and the normalisation of its result by running statistics.
 
     It saves a pass over the result, and differentiates to the same gradients. None where `norm`
-    takes batch statistics, or is no nn.BatchNorm2d.
+    takes batch statistics, has none of its own to fold or is no plain nn.BatchNorm2d, and where
+    somebody has hooked one of the two, which are not called then.
     """
-    if not isinstance(norm, nn.BatchNorm2d) or norm.training or norm.running_mean is None:
+    if type(norm) is not nn.BatchNorm2d or norm.training or norm.running_mean is None:
+        return None
+    if norm.weight is None or _is_hooked(conv) or _is_hooked(norm):
         return None
     assert norm.running_var is not None
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-    return ConvParams(conv.weight * scale[:, None, None, None], norm.bias - mean * scale)
+    dtype = torch.promote_types(conv.weight.dtype, torch.float32)  # rounded once, at the end
+    scale = norm.weight.to(dtype) * torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    mean = norm.running_mean.to(dtype)
+    if conv.bias is not None:
+        mean = mean - conv.bias
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - mean * scale
+    return ConvParams(weight.to(conv.weight.dtype), bias.to(conv.weight.dtype))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class SingleDilationD2Block(D2Block):

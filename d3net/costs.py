@@ -12,7 +12,7 @@ from d3net.heads import FCNHead
 from d3net.registry import create_model, find, list_models
 from d3net_kernels import D2Block, NormConv2d
 
-# Modules whose every weight is applied once at each position; those that call none of them.
+# Modules whose every weight is applied once at each position of the result; none calls another.
 COUNTED = (nn.Conv2d, nn.ConvTranspose2d, D2Block, NormConv2d, ConvNorm, FCNHead)
 
 

@@ -45,7 +45,7 @@ class FCNHead(nn.Module):
     """A 1x1 convolution that mixes the scales, and a 1x1 convolution to the classes.
 
     Takahashi & Mitsufuji, CVPR 2021, section 6.1, "Model architecture". `mix` and `classify` hold
-    the parameters; they are never called themselves.
+    the parameters; with the norm they were made with they are not called themselves.
     """
 
     def __init__(self, feature_channels: Sequence[int], num_classes: int) -> None:

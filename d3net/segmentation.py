@@ -106,7 +106,10 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, ceil(H / 4), ceil(W / 4))."""
+        """(N, in_channels, H, W) -> (N, out_channels, ceil(H / 4), ceil(W / 4)).
+
+        In eval `conv1` and `norm` are one convolution, and not called themselves.
+        """
         folded = folded_norm(self.conv1, self.norm)
         if folded is None:
             made = self.norm(self.conv1(x))

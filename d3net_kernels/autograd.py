@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .ops import DEFAULT, TRITON, Operators, library
@@ -184,6 +185,19 @@ def _channel_slices(inputs: Sequence[Tensor]) -> list[slice]:
     return [slice(start, start := start + x.shape[1]) for x in inputs]
 
 
+def refuse_forward_mode(arguments: Sequence[Any]) -> None:
+    """No silent zero where a tangent is asked for (torch.func.jvp, torch.autograd.forward_ad)."""
+    if forward_ad._current_level < 0:
+        return
+    for a in arguments:
+        for t in a if isinstance(a, (list, tuple)) else (a,):
+            if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+                raise RuntimeError(
+                    "the operators of d3net_kernels have no forward-mode derivative; plain torch "
+                    'has: run under d3net_kernels.use_backend("reference")'
+                )
+
+
 def _node(rule: Any, ops: Operators) -> Any:
     """The autograd node of `rule`, in terms of `ops`.
 
@@ -214,6 +228,7 @@ def _register(
     node = _node(rule, ops)
 
     def kernel(*arguments: Any) -> Any:
+        refuse_forward_mode(arguments)
         sources = arguments[sources_at]
         others = arguments[:sources_at] + arguments[sources_at + 1 :]
         if torch.is_grad_enabled() and any(

@@ -33,7 +33,8 @@ def d2_block(
     `torch.set_float32_matmul_precision`: "highest" (the default) errs no more than plain torch,
     "high" allows transforms on larger tiles, with two to three times its error, and "medium" also
     products of numbers rounded to bfloat16, where the CPU has them and few taps are alive. Under
-    torch.autocast x is cast, and with the compiled CPU kernels the weights are not.
+    torch.autocast x is cast, and with the compiled CPU kernels the weights only where such products
+    are made.
 
     Args:
         x: x_0, (N, C_0, H, W) of float32, float64, bfloat16 or float16; or a list of tensors whose

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import checks
 from ._layout import dtype_for
 from .block_params import ConvParams, D2Params, Norm, NormParams
 from .functional import multidilated_conv2d
@@ -27,6 +28,8 @@ def d2_block(
     `parts` are x_0, tensors whose channels follow each other. `group` are the processes that share
     their batch statistics, None for this one alone.
     """
+    for i, n in enumerate(params.norms):
+        checks.running_statistics(i, n)
     if group is not None:  # one all-reduce per source
         parts = [torch.cat(list(parts), 1)]
     growth = params.convs[-1].weight.shape[0]

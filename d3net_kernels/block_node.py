@@ -17,6 +17,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import block_layers, ops
 from ._layout import autocast_dtype_for, dtype_for, is_channels_last
+from .autograd import refuse_forward_mode
 from .backends import cpu
 from .block_params import ConvParams, D2Params, Norm, NormParams
 
@@ -71,6 +72,7 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
             and n.eps == eps
             and _on_cpu(n.weight, normed)
             and _on_cpu(n.bias, normed)
+            and (n.running_mean is None) == (n.running_var is None)
             and (n.running_mean is None or _on_cpu(n.running_mean, normed))
             and (n.running_var is None or _on_cpu(n.running_var, normed))
         ):
@@ -297,6 +299,7 @@ _backward_node: Any = _BackwardNode
 
 
 def _autograd(*arguments: Any) -> Any:
+    refuse_forward_mode(arguments)
     if torch.is_grad_enabled():
         flat = _Arguments(*arguments[:7]).flat()
         if any(t.requires_grad for t in flat):
@@ -307,6 +310,7 @@ def _autograd(*arguments: Any) -> Any:
 
 
 def _autograd_backward(*arguments: Any) -> Any:
+    refuse_forward_mode(arguments)
     grad_out, parts, *kept = arguments[:6]
     tensors, options = _Arguments(parts, *arguments[6:12]), _Options(*arguments[12:18])
     wanted = arguments[18]

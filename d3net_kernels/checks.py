@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._layout import autocast_dtype_for
-from .block_params import Processes
+from .block_params import NormParams, Processes
 
 Dilations: TypeAlias = Sequence[int | tuple[int, int]]
 
@@ -209,6 +209,16 @@ def _group_of_several(processes: Processes) -> dist.ProcessGroup | None:
         )
     group = dist.group.WORLD if processes == "world" else processes
     return group if dist.get_world_size(group) > 1 else None
+
+
+def running_statistics(index: int, norm: NormParams) -> None:
+    """Both or neither."""
+    if (norm.running_mean is None) != (norm.running_var is None):
+        given = "running_mean" if norm.running_var is None else "running_var"
+        raise ValueError(
+            f"params.norms[{index}] has {given} alone; accepted are running_mean and running_var, "
+            "or neither"
+        )
 
 
 def block_options(norm: str, out_layers: int | None, layers: int) -> int:

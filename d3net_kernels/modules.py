@@ -242,7 +242,7 @@ def norm_then_conv(
 
     `conv` has stride 1, "same" padding and one group.
     """
-    if not isinstance(norm, nn.BatchNorm2d):
+    if type(norm) is not nn.BatchNorm2d:
         y = norm(reference.concatenated(x))
         out: Tensor = conv(y.relu() if relu else y)
         return out

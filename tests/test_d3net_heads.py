@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -154,3 +155,48 @@ def test_without_running_statistics() -> None:
     module, x = ConvNorm(5, 4).eval(), torch.randn(2, 5, 6, 7)
     module.norm = nn.BatchNorm2d(4, track_running_stats=False).eval()
     torch.testing.assert_close(module(x), module.norm(module.conv(x)).relu())
+
+
+class _Twice(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _replace_norm(stem: Stem, norm: nn.BatchNorm2d) -> None:
+    norm.train(stem.training)
+    stem.norm = norm
+
+
+def _hook(stem: Stem) -> None:
+    stem.conv1.register_forward_pre_hook(lambda conv, _: conv.weight.data.mul_(1.5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stem: _replace_norm(stem, _Twice(64)),
+        lambda stem: _replace_norm(stem, nn.BatchNorm2d(64, affine=False)),
+        lambda stem: _replace_norm(stem, nn.BatchNorm2d(64, track_running_stats=False)),
+        _hook,
+    ],
+    ids=["subclass", "no affine", "no running statistics", "hook"],
+)
+def test_what_is_not_folded(change: Callable[[Stem], None]) -> None:
+    stem = Stem(3, 64).eval()
+    change(stem)
+    x = torch.randn(1, 3, 16, 20)
+    again = copy.deepcopy(stem)
+    torch.testing.assert_close(stem(x), _stem(again, [x]))
+
+
+def test_float32_norms_beside_bfloat16() -> None:
+    """As autocast and some trainers keep them: folded in float32, rounded once."""
+    stem = Stem(3, 64).eval()
+    nn.init.uniform_(stem.norm.running_var, 0.5, 2)
+    nn.init.normal_(stem.norm.running_mean)
+    x = torch.randn(1, 3, 16, 20)
+    expected = stem(x)
+    half = copy.deepcopy(stem).bfloat16()
+    half.norm.float()
+    error = (half(x.bfloat16()) - expected).norm()
+    assert error <= 2 * torch.finfo(torch.bfloat16).eps * expected.norm()

@@ -230,3 +230,19 @@ def test_reference_form() -> None:
     affine, running = module.norm.parameters(), list(module.norm.buffers())[:2]
     norm = dk.NormParams(*affine, *running, False, 0, 1e-5)
     assert torch.equal(plain, reference.norm_conv2d(parts, conv, norm))
+
+
+def test_forward_mode_is_refused() -> None:
+    """A tangent is never lost in silence; plain torch has it."""
+    module, parts = module_and_parts()
+    module.eval().requires_grad_(False)
+    x = torch.cat(parts, 1).detach()
+    block, conv = dk.D2Block(30, 8, 2).eval(), dk.MultidilatedConv2d([30], 8)
+
+    for function in (module, block, lambda x: conv([x])):
+        if dk.why_not("cpu") is None:
+            with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+                torch.func.jvp(function, (x,), (torch.ones_like(x),))
+        with dk.use_backend("reference"):
+            _, tangent = torch.func.jvp(function, (x,), (torch.ones_like(x),))
+        assert tangent.abs().max() > 0

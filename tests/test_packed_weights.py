@@ -39,6 +39,23 @@ def test_the_same_bits_with_and_without() -> None:
     assert torch.equal(trains, packs)
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "medium"])
+def test_another_split_of_the_input(how: str) -> None:
+    """Pairs of channels end with a part: other parts, other packed weights."""
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    module = dk.NormConv2d(16, 48, dtype=dtype).eval().requires_grad_(False)
+    x = torch.randn(1, 16, 4, 4, dtype=dtype)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        whole = module(x)
+        for cut in (7, 9, 1):
+            torch.testing.assert_close(module([x[:, :cut], x[:, cut:]]), whole)
+        assert torch.equal(module(x), whole)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _through_numpy(weight: torch.Tensor) -> None:
     weight.numpy()[...] *= 1.5
 

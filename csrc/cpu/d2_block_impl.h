@@ -395,7 +395,9 @@ class D2Backward : D2Block<T> {
   WeightGradient weight_gradient(const Link& link) const {
     WeightGradient w;
     w.shape = this->shape_of(link);
-    w.algorithm = this->plan_of(w.shape, {kLanes<A>, kVectorRegisters}).algorithm;  // no pairs
+    Machine machine = machine_of<A>();
+    machine.pairs = false;
+    w.algorithm = this->plan_of(w.shape, machine).algorithm;
     w.input = {this->source(link.source), true, this->psi_of(link)};
     w.gradient = read(gradient_of(link.first_layer));
     w.to_stride = p.channels_of(link.source) * p.kernel_h * p.kernel_w;

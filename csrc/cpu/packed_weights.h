@@ -112,6 +112,9 @@ class PackedWeights {
             static_cast<int64_t>(pass.plan.algorithm), int64_t{pass.plan.pairs},
             pass.to.begin % kLanes<A>})
         key.push_back(part);
+    for (const Pass& pass : passes_)
+      if (pass.plan.pairs)  // they end with a part
+        key.insert(key.end(), pass.input.parts.channels.begin(), pass.input.parts.channels.end());
     return key;
   }
 

@@ -223,8 +223,7 @@ D3NET_INLINE void store_first(T* p, Vec<A> v, int64_t n) {
   store_lanes<A>(p, v, 0, n < kLanes<A> ? n : kLanes<A>);
 }
 
-// ---- two bfloat16 in each lane, the first in its lower half
-// ---------------------------------------
+// ---- pairs: two bfloat16 in each lane, the first in its lower half ------------------------------
 
 /// Whether code for this instruction set may multiply pairs; has_pair_products() says whether the
 /// CPU at hand does.
@@ -269,11 +268,11 @@ D3NET_INLINE V fma(V a, V b, V c) {
   return a * b + c;
 }
 
-/// The larger of a bound, which is a number, and v; NaN passes.
+/// The larger of a bound, which is a number, and v; NaN passes: the instructions return their
+/// second operand next to NaN (maskz, since GCC 12 warns falsely).
 template <class A>
 D3NET_INLINE Vec<A> at_least(Vec<A> bound, Vec<A> v) {
-#if D3NET_VECTOR_BYTES == \
-    64  // they return their second operand next to NaN (maskz: GCC 12 warns falsely)
+#if D3NET_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<A, float>)
     return (Vec<A>)_mm512_maskz_max_ps(0xffff, (__m512)bound, (__m512)v);
   else

@@ -66,6 +66,7 @@ struct Completed {
   int64_t channels = 0;
 };
 
+/// In: what is convolved is kept as. X: features and 16-bit weights. A: sums.
 template <class In, class X, class A>
 class TilePass {
   static constexpr int kN = kLanes<A>;
@@ -482,6 +483,7 @@ class TilePass {
     Vec<A> offset;
     bool accumulate;
     bool measured;
+    bool reads_or_keeps_sums;
     Sums sums;
 
     Rounding(const TilePass& pass, int64_t channel, bool is_measured)
@@ -492,12 +494,13 @@ class TilePass {
           last(std::min<int64_t>(kN, pass.shape.out_channels - channel)),
           offset(pass.bias_of(channel)),
           accumulate(pass.accumulate),
-          measured(is_measured) {
-      to.slab.data += pass.to.begin + channel;
+          measured(is_measured),
+          reads_or_keeps_sums(accumulate || cut < last) {
+      if (reads_or_keeps_sums) to.slab.data += pass.to.begin + channel;
       kept.slab.data += channel;
     }
     D3NET_INLINE void begin(const Origin& tile) {
-      to.begin(tile);
+      if (reads_or_keeps_sums) to.begin(tile);
       kept.begin(tile);
     }
     D3NET_INLINE void put(int64_t i, int64_t j, Vec<A> v) {
