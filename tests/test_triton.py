@@ -17,7 +17,7 @@ from d3net_kernels.__main__ import main
 
 pytest.importorskip("triton")
 
-from d3net_kernels.backends.triton import configs, dispatch, launch, views
+from d3net_kernels.backends.triton import configs, dispatch, launch, prepared, views
 from d3net_kernels.backends.triton.kernels import parts
 
 TESTS = Path(__file__).parent
@@ -144,6 +144,32 @@ def test_alignment() -> None:
     last = x.contiguous(memory_format=torch.channels_last)
     assert of(last) == (parts.CHANNELS_LAST, 4)  # 12 channels
     assert of(last[:, 2:10]) == (parts.CHANNELS_LAST, 2)  # which start at 4 bytes
+
+
+def test_wide_offsets_of_dense_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expanded source takes no room; its gradient does, where it is wanted."""
+    decisions = []
+    x = torch.empty(1, 1, 1024, 1024, device="meta").expand(1, 4096, 1024, 1024)
+    weight, grad_output = x.new_empty(1, 4096, 1, 1), x.new_empty(1, 1, 1024, 1024)
+
+    def prepare(inputs: object, chunk: int) -> prepared.Prepared:
+        return prepared.Prepared(grad_output.new_empty(1, 1024, 1024, chunk), [0])
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Kernel:
+            return self
+
+        def __call__(self, *_: object, **options: object) -> None:
+            decisions.append(options["WIDE"])
+
+    monkeypatch.setattr(configs, "arch_of", lambda _: "sm_80")
+    monkeypatch.setattr(configs, "tuned", lambda _: {})
+    monkeypatch.setattr(launch, "prepare", prepare)
+    monkeypatch.setattr(launch, "backward_data_kernel", Kernel())
+    scale = x.new_empty(4096)
+    for wanted in ([1], [0]):
+        launch.backward_data(grad_output, [x], weight, [1, 1], scale, scale, False, wanted)
+    assert decisions == [True, False]
 
 
 def test_channel_blocks() -> None:

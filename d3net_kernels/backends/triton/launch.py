@@ -122,7 +122,7 @@ def backward_data(
         LAYOUT=layout,
         GRAD_LAYOUT=grad_layout,
         ALIGNED=aligned,
-        WIDE=need_wide_offsets([prepared.image, *inputs]),
+        WIDE=need_wide_offsets([prepared.image, *inputs, *grads]),
         AFFINE=scale is not None,
         RELU=relu,
         CHUNK=config.channels,
