@@ -25,8 +25,16 @@ needs_engine = pytest.mark.skipif(gpu.why_no_engine() is not None, reason=str(gp
 needs_ptxas = pytest.mark.skipif(gpu.why_no_nvcc() is not None, reason=str(gpu.why_no_nvcc()))
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# One layer of D3Net for every bucket of outputs of configs.py: sources and outputs.
-LAYERS = {"narrow": ([32, 12, 12], 12), "middle": ([64, 36, 36, 36], 36), "broad": ([128, 64], 64)}
+# Sources and outputs: a layer of D3Net for every bucket of outputs of configs.py, and blocks of
+# outputs in two pieces beside them.
+LAYERS = {
+    "narrow": ([32, 12, 12], 12),
+    "middle": ([64, 36, 36, 36], 36),
+    "44": ([20, 44, 44], 44),
+    "broad": ([128, 64], 64),
+    "72": ([48, 40], 72),
+    "96": ([64, 96], 96),
+}
 DEFAULT = {  # by architecture, cases of the grid that are not slow
     "sm_80": ("bfloat16_psi_float32_wide_contiguous", "one_source"),
     "sm_90": ("bfloat16_psi_float32_wide_contiguous",),
@@ -130,7 +138,7 @@ def compiled(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> 
 
 
 def some_not_slow(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> object:
-    usual = dtype == torch.bfloat16 and layer == "middle" and not channels_last
+    usual = dtype == torch.bfloat16 and layer in ("middle", "44") and not channels_last
     kind = "channels_last" if channels_last else "planes"
     return pytest.param(
         arch,

@@ -50,16 +50,23 @@ class Key(NamedTuple):
     @property
     def bucket(self) -> int:
         """The number of the first bucket that holds the outputs, or of the last one."""
-        return min(sum(self.outputs > most for most in _BUCKETS), len(_BUCKETS) - 1)
+        buckets = _BUCKETS[self.kernel]
+        return min(sum(self.outputs > most for most in buckets), len(buckets) - 1)
 
     @property
     def name(self) -> str:
         """Kernel, dtype and bucket of outputs: what tuned files call it."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.kernel}/{dtype}/{_BUCKETS[self.bucket]}"
+        return f"{self.kernel}/{dtype}/{_BUCKETS[self.kernel][self.bucket]}"
 
 
-_BUCKETS = (16, 48, 96)  # outputs of a program, up to
+# Outputs of a program, up to. The weight gradient keeps sums of all of them for every tap: one warp
+# has the registers for 40.
+_BUCKETS = {
+    "forward": (16, 48, 96),
+    "backward_data": (16, 48, 96),
+    "backward_weight": (16, 40, 96),
+}
 
 # Chosen by spills, counted traffic and instructions: no spills on sm_80 and sm_90 (see tests/gpu).
 # The same for both. Two warps cannot take wgmma on sm_90, and are better off: counted on layers of
@@ -80,12 +87,12 @@ _SHIPPED = {
     4: {
         "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(64, 16, 4, 2)),
         "backward_data": (Config(64, 16, 4, 2), Config(64, 16, 4, 2), Config(64, 16, 8, 2)),
-        "backward_weight": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(32, 32, 8, 2)),
+        "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2)),
     },
     8: {
         "forward": (Config(32, 16, 4, 2),) * 3,
         "backward_data": (Config(32, 16, 4, 2),) * 3,
-        "backward_weight": (Config(32, 16, 4, 2),) * 3,
+        "backward_weight": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(32, 16, 8, 2)),
     },
 }
 

@@ -150,8 +150,9 @@ def backward_weight(
     layout = layout_of(call.views, call.width)
     channels = [view.channels for view in call.views]
     aligned = alignment(call.views, layout, call.width, weight.element_size())
-    # Without loads of 16 bytes along a row a thread holds more channels: too many registers.
-    whole = layout is parts.PLANES and aligned * weight.element_size() == 16
+    # A second block of channels needs too many registers where a thread holds more channels, as it
+    # does without loads of 16 bytes along a row, or more sums, as with more than 64 outputs.
+    whole = layout is parts.PLANES and aligned * weight.element_size() == 16 and sum(pieces) <= 64
     blocks = configs.channel_blocks(channels, config.channels, rest=whole)
     output_blocks = -(-outputs // sum(pieces))
     padded = output_blocks * sum(pieces)
