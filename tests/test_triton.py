@@ -17,7 +17,7 @@ from d3net_kernels.__main__ import main
 
 pytest.importorskip("triton")
 
-from d3net_kernels.backends.triton import configs, dispatch, launch, prepared, views
+from d3net_kernels.backends.triton import configs, dispatch, launch, prepared, tune, views
 from d3net_kernels.backends.triton.kernels import parts
 
 TESTS = Path(__file__).parent
@@ -216,7 +216,10 @@ def test_compiler_asks_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cache_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.json"
     assert configs.read(path) == {}
-    tuned = {"forward/bfloat16/48": configs.Config(128, 32, 4, 2)}
+    tuned = {
+        "forward/bfloat16/48": configs.Config(128, 32, 4, 2),
+        "backward_weight/bfloat16/40": configs.Config(16, 16, 1, 2),
+    }
     configs.write(path, tuned)
     assert configs.read(path) == tuned
     configs.write(path, {})
@@ -235,6 +238,8 @@ def test_cache_round_trip(tmp_path: Path) -> None:
         '{"forward/bfloat16/48": {"pixels": 100, "channels": 16, "warps": 4, "stages": 2}}',
         '{"forward/bfloat16/48": {"pixels": 128, "channels": 16, "warps": 4, "stages": "2"}}',
         '{"forward/bfloat16/48": {"pixels": 128, "channels": -16, "warps": 4, "stages": 2}}',
+        '{"backward_weight/bfloat16/40": {"pixels": 16, "channels": 8, "warps": 1, "stages": 2}}',
+        '{"backward_weight/bfloat16/40": {"pixels": 8, "channels": 16, "warps": 1, "stages": 2}}',
     ],
 )
 def test_damaged_cache(text: str, tmp_path: Path) -> None:
@@ -250,6 +255,8 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = configs.cache_file(torch.device("cuda"))
     assert path.parent == tmp_path / "triton"
     assert path.name.startswith("Some_GPU_80GB-torch")
+    monkeypatch.setattr(configs, "KERNELS_VERSION", configs.KERNELS_VERSION + 1)
+    assert configs.cache_file(torch.device("cuda")) != path  # other kernels, other files
     monkeypatch.delenv("D3NET_KERNELS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     assert configs.cache_file(torch.device("cuda")).parent == tmp_path / "user/d3net_kernels/triton"
@@ -267,6 +274,17 @@ def test_tuned_configuration_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     other = key._replace(dtype=torch.float16)
     assert configs.config_for(other, device) == configs.shipped(other)
     configs.tuned.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_tuned_candidates_can_be_read(kernel: str, tmp_path: Path) -> None:
+    """What is shipped is one of them."""
+    key = configs.Key(kernel, "sm_80", torch.bfloat16, 36)
+    candidates = list(tune._candidates(key))
+    named = {f"{kernel}/{i}": config for i, config in enumerate(candidates)}
+    configs.write(tmp_path / "file.json", named)
+    assert configs.read(tmp_path / "file.json") == named
+    assert configs.shipped(key) in candidates
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

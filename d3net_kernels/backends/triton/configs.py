@@ -1,7 +1,8 @@
 """How large the blocks of a kernel are: shipped, or tuned on this machine; pure functions.
 
 Tuned sizes lie in $D3NET_KERNELS_CACHE (default: d3net_kernels in $XDG_CACHE_HOME or ~/.cache), one
-file for every device name, torch and triton version; `python -m d3net_kernels tune` writes it.
+file for every device name, torch and triton version and KERNELS_VERSION;
+`python -m d3net_kernels tune` writes it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 KERNELS = ("forward", "backward_data", "backward_weight")
+KERNELS_VERSION = 2  # to be raised where other block sizes may be the best ones for the kernels
 GRAIN = 16  # channels that the weight gradient's workspace and blocks come in
 MOST_TAPS = 3  # of a column of them, in one program of the weight gradient
 _SHARED = 32  # a program's common work, in outputs: what reading a pixel for all of them is worth
@@ -167,6 +169,7 @@ def cache_file(device: torch.device) -> Path:
     folder = Path(given) if given else user / "d3net_kernels"
     name = (
         f"{torch.cuda.get_device_name(device)}-torch{torch.__version__}-triton{triton.__version__}"
+        f"-kernels{KERNELS_VERSION}"
     )
     return folder / "triton" / (re.sub(r"[^\w.+-]+", "_", name) + ".json")
 
@@ -187,11 +190,13 @@ def read(path: Path) -> dict[str, Config]:
         return _damaged(path, error)
     try:
         configs = {name: Config(**numbers) for name, numbers in json.loads(text).items()}
-        for config in configs.values():
+        for name, config in configs.items():
             if not all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in config[:3]):
                 raise ValueError(f"{config} holds numbers that are no powers of two")
             if type(config.stages) is not int or config.stages < 1:
                 raise ValueError(f"{config} holds no number of stages")
+            if name.startswith("backward_weight/") and min(config.pixels, config.channels) < GRAIN:
+                raise ValueError(f"{name} has fewer than {GRAIN} pixels or channels: {config}")
     except (ValueError, TypeError, AttributeError) as error:
         return _damaged(path, error)
     return configs

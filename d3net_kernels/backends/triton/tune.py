@@ -84,11 +84,10 @@ def _runs(
 
 def _candidates(key: Key) -> Iterator[Config]:
     if key.kernel == "backward_weight":
-        sizes = itertools.product((32, 64, 128), (32, 64))
+        choices = itertools.product((16, 32, 64), (16, 32), (1, 2, 4), (2, 3))
     else:
-        sizes = itertools.product((64, 128, 256), (16, 32))
-    for (pixels, channels), warps, stages in itertools.product(sizes, (2, 4, 8), (2, 3)):
-        yield Config(pixels, channels, warps, stages)
+        choices = itertools.product((64, 128, 256), (16, 32), (2, 4, 8), (2, 3))
+    return itertools.starmap(Config, choices)
 
 
 def _milliseconds(
