@@ -140,6 +140,7 @@ def test_alignment() -> None:
     x = torch.zeros(2, 12, 4, 10, dtype=torch.bfloat16)
     assert of(x) == (parts.PLANES, 8)
     assert of(x[:, :, :3]) == (parts.PLANES, 2)  # 30 pixels
+    assert of(x[:, :1]) == of(x[:, 3:4]) == (parts.PLANES, 8)  # an only channel
     assert of(x[..., 1:]) == (parts.STRIDED, 1)
     last = x.contiguous(memory_format=torch.channels_last)
     assert of(last) == (parts.CHANNELS_LAST, 4)  # 12 channels

@@ -61,14 +61,14 @@ def alignment(views: Sequence[View], layout: Any, pixels: int, itemsize: int) ->
     """How many adjacent elements one load may take: a power of two, to 16 bytes.
 
     It divides the length and the place of every run of them: the channels of a pixel, or the
-    `pixels` of a channel.
+    `pixels` of a channel. The stride of an only channel is multiplied by nothing but 0.
     """
     if layout is parts.STRIDED:
         return 1
     elements = 16 // itemsize
 
     def divided(v: View) -> bool:
-        planes = (pixels, v.stride_n, v.stride_c)
+        planes = (pixels, v.stride_n, v.stride_c if v.channels > 1 else 0)
         last = (v.channels, v.stride_n, v.stride_h, v.stride_w)
         numbers = planes if layout is parts.PLANES else last
         return not v.pointer % (elements * itemsize) and not any(n % elements for n in numbers)
