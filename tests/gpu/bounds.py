@@ -31,14 +31,16 @@ _WGMMA = re.compile(
 class Gpu:
     """Rates of a GPU.
 
-    clock in GHz (boost), dram in GB/s, tensor in dense TFLOP/s with float32 accumulation by type of
-    the operands. `mma_share`: what mma.sync reaches of that at most (1 where nothing is known).
+    capability as in the 80 of sm_80, clock in GHz (boost), dram in GB/s, tensor in dense TFLOP/s
+    with float32 accumulation by type of the operands. `mma_share`: what mma.sync reaches of that at
+    most (1 where nothing is known).
     Every SM: 128 bytes of shared memory or L1, 4 warp instructions and 64 bytes of L2 a clock (CUDA
     C++ Programming Guide, "Compute Capabilities"; L2: whitepapers, 5120 bytes a clock on A100).
     """
 
     name: str
     source: str
+    capability: int
     multiprocessors: int
     clock: float
     dram: float
@@ -50,21 +52,21 @@ GPUS = (
     Gpu(
         "A100",
         "NVIDIA A100 Tensor Core GPU datasheet, SXM4 80 GB",
-        *(108, 1.41, 2039.0),
+        *(80, 108, 1.41, 2039.0),
         {"bf16": 312.0, "f16": 312.0, "tf32": 156.0, "f64": 19.5},
     ),
     Gpu(
         "H100",
         "NVIDIA H100 Tensor Core GPU datasheet, SXM5, half of the rates with sparsity; share of "
         "mma.sync: Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture",
-        *(132, 1.83, 3350.0),
+        *(90, 132, 1.83, 3350.0),
         {"bf16": 989.0, "f16": 989.0, "tf32": 494.0, "f64": 67.0},
         mma_share=0.62,
     ),
     Gpu(
         "RTX 4090",
         "NVIDIA Ada GPU Architecture whitepaper, appendix A",
-        *(128, 2.52, 1008.0),
+        *(89, 128, 2.52, 1008.0),
         {"bf16": 165.2, "f16": 165.2, "tf32": 82.6, "f64": 1.3},
     ),
 )

@@ -258,8 +258,15 @@ def case_table(case: Case, launched: Sequence[Launched], static: Static) -> str:
     return "\n".join(lines)
 
 
+def runs_on(family: str, gpu: Gpu) -> bool:
+    """Whether `gpu` would get this family: of one for an architecture, the latest it can run."""
+    arch = family.split()[-1]
+    able = [arch for arch in ARCHS if int(arch.removeprefix("sm_")) <= gpu.capability]
+    return arch not in ARCHS or arch == able[-1]
+
+
 def side_by_side(counted: Mapping[str, Mapping[str, float]]) -> str:
-    """Ideal over counted bound of every family, case by case; 1 is best. And the better family.
+    """Ideal over counted bound of every family, case by case; 1 is best. And the best on this GPU.
 
     Families not counted this time come from the budget.
     """
@@ -272,7 +279,8 @@ def side_by_side(counted: Mapping[str, Mapping[str, float]]) -> str:
             if (key := f"{name} {case}") in counted
         }
         cells = [f"{ratios[name]:16.2f}" if name in ratios else f"{'-':>16}" for name in names]
-        best = max(ratios, key=lambda name: ratios[name], default="-")
+        able = [name for name in ratios if runs_on(name, gpu)]
+        best = max(able, key=lambda name: ratios[name], default="-")
         lines.append(f"{case!s:24} {gpu.name:9}" + "".join(cells) + f"  {best}")
     return "\n".join(lines)
 
@@ -287,10 +295,15 @@ def saved_table(static: str, cases: Iterable[str]) -> str:
             "**counted on emulated PTX** (bfloat16, strips of the layers of D3Net; of the CUDA",
             "kernels that of sm_80),",
             "registers and occupancy are **static**, of ptxas. A bound says that no counted",
-            "resource forbids this time; a ratio of bounds is no speed. The last table names the",
-            "family with the least bound. Triton's forward pass pays for a workspace: psi of the",
-            "sources goes through memory once more, which the CUDA kernels keep in shared memory;",
-            "its gradients read the sources where they lie, and come nearer.",
+            "resource forbids this time; a ratio of bounds is no speed. Counted are the",
+            "convolution kernels and Triton's `prepare`. Not counted are, of CUDA C++, packing of",
+            "the weights, `finish_sums` and `finish_channel_moments`, and of Triton what torch",
+            "does around its kernels: weights laid out anew, sums over tiles and slabs, the",
+            "gradient of the bias. The last table names, of what would run on a GPU (on RTX 4090",
+            "the code of sm_80), the family with the least bound. Triton's forward pass pays for",
+            "a workspace: psi of the sources goes through memory once more, which the CUDA kernels",
+            "keep in shared memory; its gradients read the sources where they lie: they come",
+            "nearer, or are ahead.",
             "",
             "```",
             static,

@@ -125,6 +125,27 @@ def test_the_budget_holds_every_kernel_and_case() -> None:
     assert cases <= set(BUDGET["counted"])
 
 
+def test_only_what_a_gpu_runs_is_its_best() -> None:
+    pytest.importorskip("triton", reason="pip install triton")
+    ran = {
+        gpu.name: [name for name in report.families() if report.runs_on(name, gpu)] for gpu in GPUS
+    }
+    sm_80, sm_90 = ["cuda", "triton sm_80"], ["cuda", "triton sm_90"]
+    assert ran == {"A100": sm_80, "H100": sm_90, "RTX 4090": sm_80}
+    case, bounds_of = report.CASES[0], {f"bound / ideal bound {gpu.name}": 2.0 for gpu in GPUS}
+    counted = {f"{name} {case}": bounds_of for name in ("triton sm_80", "triton sm_90")}
+    rows = report.side_by_side(counted).splitlines()[1 : 1 + len(GPUS)]
+    assert [row.split("  ")[-1] for row in rows] == [ran[gpu.name][1] for gpu in GPUS]
+
+
+def test_the_saved_table_is_that_of_the_budget() -> None:
+    pytest.importorskip("triton", reason="pip install triton")
+    saved = report.TABLE.read_text()
+    assert saved.startswith(report.saved_table("", ()).split("```")[0])
+    at = saved.index("ideal / counted bound  ")
+    assert saved[at:] == report.side_by_side(BUDGET["counted"]) + "\n```\n"
+
+
 QUICK = ("common", "tensor_2x8_bfloat16", "tensor_weight_bfloat16")
 
 

@@ -11,7 +11,7 @@ from .triton_driver import Launch, assembled_for, emulated
 
 
 def family(arch: str) -> report.Family:
-    """What executes a case as compiled for `arch`, the sources in NCHW."""
+    """What executes a case as compiled for `arch`."""
 
     def execute(case: report.Case) -> list[report.Launched]:
         problem = case.problem()
