@@ -113,10 +113,11 @@ std::string cpu_isa(std::string request) {
 
 }  // namespace
 
-void cpu::run_on_all_threads(void (*body)(void*), void* context) {
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
-                              [&](int64_t, int64_t) { body(context); });
+void cpu::run_on_all_threads(void (*body)(void*, int64_t worker), void* context) {
+  torch::stable::parallel_for(0, num_threads(), 1,
+                              [&](int64_t worker, int64_t) { body(context, worker); });
 }
+int64_t cpu::num_threads() { return torch::stable::get_num_threads(); }
 
 }  // namespace d3net
 

@@ -411,15 +411,13 @@ void run_all(std::vector<Convolution<T>>& convolutions) {
     c.pack_into(packed);
     packed += round_up(c.packed_size(), 64);
   }
-  WorkQueue packing(packs), computing(tasks);
-  auto body = [&] {
-    packing.work([&](int64_t i, int64_t) {
+  Crew::run([&](Crew::Worker& worker) {
+    worker.each(packs, [&](int64_t i, int64_t) {
       size_t c = 0;
       while (i >= convolutions[c].pack_tasks()) i -= convolutions[c++].pack_tasks();
       convolutions[c].pack(i);
     });
-    packing.wait();
-    computing.work([&](int64_t i, int64_t next) {
+    worker.each(tasks, [&](int64_t i, int64_t next) {
       size_t c = 0;
       while (i >= convolutions[c].tasks()) {
         next -= convolutions[c].tasks();
@@ -427,8 +425,7 @@ void run_all(std::vector<Convolution<T>>& convolutions) {
       }
       convolutions[c].run(i, next < convolutions[c].tasks() ? next : -1);
     });
-  };
-  on_all_threads(body);
+  });
 }
 
 }  // namespace d3net::cpu::D3NET_ISA

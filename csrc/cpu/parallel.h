@@ -10,6 +10,7 @@
 #include <new>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -17,24 +18,37 @@
 
 namespace d3net::cpu {
 
-/// Runs body(context) once on every thread torch may use, this one among them; one parallel region.
-void run_on_all_threads(void (*body)(void*), void* context);
+/// Runs body(context, worker) once on every thread torch may use, this one among them, in one
+/// parallel region: worker is 0 .. threads-1, and the same thread's from call to call. Where torch
+/// gives fewer threads than it says, some workers are missing.
+void run_on_all_threads(void (*body)(void*, int64_t worker), void* context);
+int64_t num_threads();
 
 template <class F>
 void on_all_threads(F& body) {
-  run_on_all_threads([](void* context) { (*static_cast<F*>(context))(); }, &body);
+  run_on_all_threads(
+      [](void* context, int64_t worker) { (*static_cast<F*>(context))(worker); }, &body);
 }
 
-/// Hands out 0 .. count-1, each once, and knows when all of them are done.
+/// Hands out 0 .. count-1, each once, and knows when all of them are done. Each worker has a share
+/// of neighbouring items, the same whenever the count is, and helps others when it is through: what
+/// it reads is then as a rule what it wrote the last time, in its own caches. Where two threads
+/// have no cache in common, a block takes half as long as with items dealt out in turn.
 class WorkQueue {
  public:
-  explicit WorkQueue(int64_t count) : count_(count) {}
+  WorkQueue(int64_t count, int64_t workers) : count_(count), shares_(static_cast<size_t>(workers)) {
+    for (int64_t w = 0; w < workers; ++w) {
+      Share& share = shares_[static_cast<size_t>(w)];
+      share.next.store(count * w / workers, std::memory_order_relaxed);
+      share.end = count * (w + 1) / workers;
+    }
+  }
 
   /// item(i, next): next is the item this thread will work on after i, -1 after its last.
   template <class F>
-  void work(F&& item) {
-    for (int64_t i = take(), next; i >= 0; i = next) {
-      next = take();
+  void work(int64_t worker, F&& item) {
+    for (int64_t i = take(worker), next; i >= 0; i = next) {
+      next = take(worker);
       const Done done{done_};  // also when item throws: nobody waits for ever
       item(i, next);
     }
@@ -45,17 +59,27 @@ class WorkQueue {
   }
 
  private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct Done {
     std::atomic<int64_t>& count;
     ~Done() { count.fetch_add(1, std::memory_order_release); }
   };
-  int64_t take() {
-    const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-    return i < count_ ? i : -1;
+  int64_t take(int64_t worker) {
+    for (size_t i = 0, s = static_cast<size_t>(worker); i < shares_.size(); ++i, ++s) {
+      Share& share = shares_[s % shares_.size()];
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
+      const int64_t item = share.next.fetch_add(1, std::memory_order_relaxed);
+      if (item < share.end) return item;
+    }
+    return -1;
   }
 
   const int64_t count_;
-  std::atomic<int64_t> next_{0}, done_{0};
+  std::vector<Share> shares_;
+  std::atomic<int64_t> done_{0};
 };
 
 /// What one thread sees of a parallel region that consists of phases. Every thread runs the same
@@ -68,26 +92,27 @@ class Crew {
   /// program(worker) on all threads, in one parallel region; on this one alone for little work.
   template <class F>
   static void run(F&& program, int64_t multiplications = kWorthSharing) {
-    Crew crew;
-    auto body = [&] {
-      Worker worker(crew);
+    const bool alone = multiplications < kWorthSharing;
+    Crew crew(alone ? 1 : num_threads());
+    auto body = [&](int64_t index) {
+      Worker worker(crew, index);
       program(worker);
     };
-    if (multiplications < kWorthSharing)
-      body();
+    if (alone)
+      body(0);
     else
       on_all_threads(body);
   }
 
   class Worker {
    public:
-    explicit Worker(Crew& crew) : crew_(crew) {}
+    Worker(Crew& crew, int64_t index) : crew_(crew), index_(index) {}
 
     /// item(i, next) for i in [0, count), each on one thread.
     template <class F>
     void each(int64_t count, F&& item) {
       WorkQueue& queue = crew_.phase(phase_++, count);
-      queue.work(item);
+      queue.work(index_, item);
       queue.wait();
     }
     template <class F>
@@ -97,16 +122,20 @@ class Crew {
 
    private:
     Crew& crew_;
+    const int64_t index_;
     size_t phase_ = 0;
   };
 
  private:
+  explicit Crew(int64_t workers) : workers_(workers) {}
+
   WorkQueue& phase(size_t index, int64_t count) {
     const std::lock_guard lock(mutex_);
-    if (index == queues_.size()) queues_.emplace_back(count);
+    if (index == queues_.size()) queues_.emplace_back(count, workers_);
     return queues_[index];
   }
 
+  const int64_t workers_;
   std::mutex mutex_;
   std::deque<WorkQueue> queues_;
 };

@@ -21,52 +21,86 @@ struct TileGrid {
   }
 };
 
-/// Walks over a grid. The lattices take turns within a band of `outputs * dilation` rows and
-/// columns, so that tiles which follow each other read neighbouring memory.
+/// Walks over a grid from top to bottom; the lattices take turns within a band of `outputs * dilation`
+/// rows and columns, so that tiles which follow each other read neighbouring memory. Low maps, where
+/// one band would soon be all rows, are walked in stripes from left to right: whatever the dilation,
+/// the first half of the walk is then about the same half of the map, and so the same thread's.
 class TileCursor {
  public:
   int64_t image = 0, y = 0, x = 0;  // of the tile's first output
+  int64_t left, right;              // of the stripe
 
   TileCursor(const TileGrid& grid, int64_t index) : grid_(grid) {
-    const int64_t columns = grid.origins(grid.width, grid.dilation_w);
-    const int64_t in_image = grid.origins(grid.height, grid.dilation_h) * columns;
+    const int64_t rows = grid.origins(grid.height, grid.dilation_h);
+    const int64_t in_image = rows * grid.origins(grid.width, grid.dilation_w);
+    const int64_t in_stripe = rows * grid.origins(stripe(), grid.dilation_w);
     image = index / in_image;
     index %= in_image;
+    left = index / in_stripe * stripe();
+    index %= in_stripe;
+    right = std::min(left + stripe(), grid.width);
+    const int64_t columns = grid.origins(right - left, grid.dilation_w);
     band_y_ = index / (grid.dilation_h * columns) * band_h();
     index %= grid.dilation_h * columns;
     rows_ = std::min(grid.dilation_h, grid.height - band_y_);
-    band_x_ = index / (rows_ * grid.dilation_w) * band_w();
+    band_x_ = left + index / (rows_ * grid.dilation_w) * band_w();
     index %= rows_ * grid.dilation_w;
-    columns_ = std::min(grid.dilation_w, grid.width - band_x_);
+    columns_ = std::min(grid.dilation_w, right - band_x_);
     y = band_y_ + index / columns_;
     x = band_x_ + index % columns_;
   }
 
   void advance() {
     if (++x < band_x_ + columns_) return;
-    if (++y == band_y_ + rows_) {
-      band_x_ += band_w();
-      if (band_x_ >= grid_.width) {
-        band_x_ = 0;
-        band_y_ += band_h();
-        if (band_y_ >= grid_.height) {
-          band_y_ = 0;
-          ++image;
-        }
-        rows_ = std::min(grid_.dilation_h, grid_.height - band_y_);
-      }
-      columns_ = std::min(grid_.dilation_w, grid_.width - band_x_);
-      y = band_y_;
-    }
+    if (++y == band_y_ + rows_) next_band();
     x = band_x_;
   }
 
  private:
+  static constexpr int64_t kLow = 64, kStripe = 64;  // rows, columns
+
   int64_t band_h() const { return grid_.outputs * grid_.dilation_h; }
   int64_t band_w() const { return grid_.outputs * grid_.dilation_w; }
+  int64_t stripe() const {
+    const int64_t whole = grid_.height > kLow ? grid_.width : kStripe;
+    return (whole + band_w() - 1) / band_w() * band_w();
+  }
+
+  void next_band() {
+    band_x_ += band_w();
+    if (band_x_ >= right) {
+      band_y_ += band_h();
+      if (band_y_ >= grid_.height) {
+        band_y_ = 0;
+        left = right;
+        if (left == grid_.width) {
+          left = 0;
+          ++image;
+        }
+        right = std::min(left + stripe(), grid_.width);
+      }
+      band_x_ = left;
+      rows_ = std::min(grid_.dilation_h, grid_.height - band_y_);
+    }
+    columns_ = std::min(grid_.dilation_w, right - band_x_);
+    y = band_y_;
+  }
 
   TileGrid grid_;
   int64_t band_y_, band_x_, rows_, columns_;
 };
+
+struct Box {
+  int64_t y, rows, x, columns;
+};
+
+/// Of a grid of single pixels: what `count` of them from number `begin` on lie in.
+inline Box box_of(const TileGrid& pixels, int64_t begin, int64_t count) {
+  const TileCursor first(pixels, begin), last(pixels, begin + count - 1);
+  if (first.image != last.image || first.left != last.left)
+    return {0, pixels.height, 0, pixels.width};
+  if (first.y == last.y) return {first.y, 1, first.x, count};
+  return {first.y, last.y - first.y + 1, first.left, first.right - first.left};
+}
 
 }  // namespace d3net::cpu

@@ -278,7 +278,9 @@ class TilePass {
     const int64_t v_position = input.parts.groups(pairs ? 2 * kN : kN) * plan.tiles * kN + kN;
     A* v = v_memory.get<A>(positions * v_position);
     int live[kMostTaps];
-    const int64_t num_live = m == 1 ? shape.live_taps_of(run * plan.tiles, tiles.count, live) : 0;
+    int64_t num_live = 0;
+    if constexpr (m == 1)
+      num_live = shape.live_taps_of(box_of(grid, run * plan.tiles, tiles.count), live);
     input.template transform<m, pairs>(shape, tiles, live, num_live, v, plan.tiles, v_position);
 
     // The share begins and ends with a chunk.

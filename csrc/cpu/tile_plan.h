@@ -41,17 +41,10 @@ struct PassShape {
   int64_t tap_x(int64_t x, int64_t j) const { return x + (j - kernel_w / 2) * dilation_w; }
   bool inside(int64_t y, int64_t x) const { return y >= 0 && y < height && x >= 0 && x < width; }
 
-  /// The taps that may reach inside the map from any of `count` pixels that follow each other row
-  /// by row from number `begin` on; returns how many.
-  int64_t live_taps_of(int64_t begin, int64_t count, int* live) const {
-    const int64_t first = begin % (height * width), last = first + count - 1;
-    const bool one_image = last < height * width;
-    const int64_t y = one_image ? first / width : 0;
-    const int64_t rows = one_image ? last / width - y + 1 : height;
-    const bool one_row = rows == 1 && one_image;
-    const LiveTaps vertical = live_taps(y, rows, height, kernel_h, dilation_h);
-    const LiveTaps horizontal = live_taps(one_row ? first % width : 0, one_row ? count : width,
-                                          width, kernel_w, dilation_w);
+  /// The taps that may reach inside the map from any pixel of the box; returns how many.
+  int64_t live_taps_of(const Box& box, int* live) const {
+    const LiveTaps vertical = live_taps(box.y, box.rows, height, kernel_h, dilation_h);
+    const LiveTaps horizontal = live_taps(box.x, box.columns, width, kernel_w, dilation_w);
     int64_t taps = 0;
     for (int64_t i = vertical.first; i < vertical.first + vertical.count; ++i)
       for (int64_t j = horizontal.first; j < horizontal.first + horizontal.count; ++j)

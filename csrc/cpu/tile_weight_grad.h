@@ -103,7 +103,7 @@ class TileWeightGradient {
         spread_gradients<m>(l, some, d + first * kN);
       });
       int live[kMostTaps] = {};
-      const int64_t num_live = m == 1 ? shape.live_taps_of(begin, count, live) : positions;
+      const int64_t num_live = m == 1 ? shape.live_taps_of(box_of(grid, begin, count), live) : positions;
       const int64_t items = num_live * blocks;
       const int64_t ahead = std::min(l.panel, tiles - begin - count);
       worker.each(items, [&](int64_t i, int64_t) {

@@ -43,14 +43,12 @@ class WeightGradient {
   void run(T* weight, T* bias) {
     static thread_local Scratch memory;
     partial_ = memory.get<A>(parts_ * p_.out_channels * row_);
-    WorkQueue summing(parts_ * tiling_.out_groups), adding(p_.out_channels);
-    auto body = [&] {
-      summing.work(
-          [&](int64_t i, int64_t) { sum_part(i / tiling_.out_groups, i % tiling_.out_groups); });
-      summing.wait();
-      adding.work([&](int64_t k, int64_t) { add_parts(k, weight, bias); });
-    };
-    on_all_threads(body);
+    Crew::run([&](Crew::Worker& worker) {
+      worker.each(parts_ * tiling_.out_groups, [&](int64_t i, int64_t) {
+        sum_part(i / tiling_.out_groups, i % tiling_.out_groups);
+      });
+      worker.each(p_.out_channels, [&](int64_t k, int64_t) { add_parts(k, weight, bias); });
+    });
   }
 
  private:
