@@ -26,8 +26,8 @@ int64_t num_threads();
 
 template <class F>
 void on_all_threads(F& body) {
-  run_on_all_threads(
-      [](void* context, int64_t worker) { (*static_cast<F*>(context))(worker); }, &body);
+  run_on_all_threads([](void* context, int64_t worker) { (*static_cast<F*>(context))(worker); },
+                     &body);
 }
 
 /// Hands out 0 .. count-1, each once, and knows when all of them are done. Each worker has a share
@@ -44,13 +44,22 @@ class WorkQueue {
     }
   }
 
-  /// item(i, next): next is the item this thread will work on after i, -1 after its last.
+  /// item(i, next): next is the item this thread will work on after i, or -1 where none is certain.
   template <class F>
   void work(int64_t worker, F&& item) {
-    for (int64_t i = take(worker), next; i >= 0; i = next) {
-      next = take(worker);
+    auto run = [&](int64_t i, int64_t next) {
       const Done done{done_};  // also when item throws: nobody waits for ever
       item(i, next);
+    };
+    Share& own = shares_[static_cast<size_t>(worker)];
+    for (int64_t i = own.take(), next; i >= 0; i = next) {
+      next = own.take();
+      run(i, next);
+    }
+    // Nothing is taken in advance from others: they may be about to take it themselves.
+    for (size_t s = 1; s < shares_.size(); ++s) {
+      Share& other = shares_[(static_cast<size_t>(worker) + s) % shares_.size()];
+      for (int64_t i; (i = other.take()) >= 0;) run(i, -1);
     }
   }
   /// Waits for items other threads took; each of those threads is running, so this ends.
@@ -62,24 +71,28 @@ class WorkQueue {
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
+
+    int64_t take() {
+      if (next.load(std::memory_order_relaxed) >= end) return -1;
+      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+      return i < end ? i : -1;
+    }
   };
   struct Done {
     std::atomic<int64_t>& count;
     ~Done() { count.fetch_add(1, std::memory_order_release); }
   };
-  int64_t take(int64_t worker) {
-    for (size_t i = 0, s = static_cast<size_t>(worker); i < shares_.size(); ++i, ++s) {
-      Share& share = shares_[s % shares_.size()];
-      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
-      const int64_t item = share.next.fetch_add(1, std::memory_order_relaxed);
-      if (item < share.end) return item;
-    }
-    return -1;
-  }
-
   const int64_t count_;
   std::vector<Share> shares_;
   std::atomic<int64_t> done_{0};
+};
+
+/// A worker without a crew, for what a thread does by itself.
+struct Alone {
+  template <class F>
+  void each(int64_t count, F&& item) {
+    for (int64_t i = 0; i < count; ++i) item(i, i + 1 < count ? i + 1 : -1);
+  }
 };
 
 /// What one thread sees of a parallel region that consists of phases. Every thread runs the same
@@ -119,6 +132,7 @@ class Crew {
     void once(F&& f) {
       each(1, [&](int64_t, int64_t) { f(); });
     }
+    int64_t workers() const { return crew_.workers_; }
 
    private:
     Crew& crew_;

@@ -107,6 +107,7 @@ struct OuterArgs {
   int64_t tiles;
   A* u;  // [channel][k]
   int64_t u_channel;
+  bool opens;  // what stands in u is not added
 };
 
 /// Channels of a microkernel: a divisor of the lanes.
@@ -126,7 +127,7 @@ void outer(const OuterArgs<A>& args) {
   Vec<A> acc[rows][chunk];
   unroll<rows>([&](auto r) __attribute__((always_inline)) {
     unroll<chunk>([&](auto k) __attribute__((always_inline)) {
-      acc[r][k] = load(s.u + r * s.u_channel + k * lanes);
+      acc[r][k] = s.opens ? Vec<A>{} : load(s.u + r * s.u_channel + k * lanes);
     });
   });
   for (int64_t t = 0; t < s.tiles; ++t) {

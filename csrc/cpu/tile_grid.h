@@ -21,10 +21,11 @@ struct TileGrid {
   }
 };
 
-/// Walks over a grid from top to bottom; the lattices take turns within a band of `outputs * dilation`
-/// rows and columns, so that tiles which follow each other read neighbouring memory. Low maps, where
-/// one band would soon be all rows, are walked in stripes from left to right: whatever the dilation,
-/// the first half of the walk is then about the same half of the map, and so the same thread's.
+/// Walks over a grid from top to bottom; the lattices take turns within a band of `outputs *
+/// dilation` rows and columns, so that tiles which follow each other read neighbouring memory. Low
+/// maps, where one band would soon be all rows, are walked in stripes from left to right: whatever
+/// the dilation, the first half of the walk is then about the same half of the map, and so the same
+/// thread's.
 class TileCursor {
  public:
   int64_t image = 0, y = 0, x = 0;  // of the tile's first output
