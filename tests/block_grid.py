@@ -147,12 +147,14 @@ class Case:
     def block(self, generator: torch.Generator) -> Block:
         """A block of fresh random numbers, whose ReLUs are clear of their kinks if that can be."""
         for _ in range(MOST_DRAWS):
-            block = self._draw(generator)
+            block = self.draw(generator)
             if self.dtype in HALVES or _is_clear_of_kinks(block.map(Tensor.float)):
                 return block
         raise AssertionError(f"{MOST_DRAWS} draws of {self} all had a ReLU input near 0")
 
-    def _draw(self, generator: torch.Generator) -> Block:
+    def draw(self, generator: torch.Generator) -> Block:
+        """A block of fresh random numbers."""
+
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -377,6 +379,7 @@ _SHAPES = [
     Case("map_16x32", channels=12, growth=9, layers=4, size=(1, 16, 32), out_layers=1),
     Case("map_16x32_two", channels=8, growth=6, size=(2, 16, 32)),
     Case("map_5x100", channels=6, growth=8, layers=4, size=(1, 5, 100)),
+    Case("map_9x150_two", channels=4, growth=5, layers=2, size=(2, 9, 150)),
     Case("map_100x5", channels=6, growth=8, layers=4, size=(1, 100, 5)),
     Case("map_37x41", channels=4, growth=5, size=(1, 37, 41)),
 ]

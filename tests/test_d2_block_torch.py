@@ -120,14 +120,16 @@ def test_copies_and_saved_files_have_their_own_weights() -> None:
     }
 
 
+@pytest.mark.parametrize("size", [LARGE.size, (2, 24, 180)])  # the second: weights in slices
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_same_bits_for_any_threads_and_runs(
-    norm: str, mode: str, generator: torch.Generator
+    norm: str, mode: str, size: tuple[int, int, int], generator: torch.Generator
 ) -> None:
-    block = replace(LARGE, norm=norm, mode=mode, layout="channels_last").block(generator)
+    case = replace(LARGE, norm=norm, mode=mode, size=size, layout="channels_last")
+    block = case.draw(generator)
     once = ours(block)
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
         for name, result in ours(block).items():
             assert torch.equal(result, once[name]), f"{name} differs with {threads} threads"
