@@ -51,16 +51,20 @@ def test_dead_taps_decide_for_direct_sums() -> None:
     assert _plan(SHAPES[5], "high").startswith("direct")
 
 
-def test_pairs_of_bfloat16_where_they_pay() -> None:
-    """Two products at once make up for a transform only where few taps are alive."""
-    assert _plan(SHAPES[0], "medium") == _plan(SHAPES[0], "high")
-    few = (64, 64, 16, 100, 64)
-    medium = _plan(few, "medium")
-    assert medium.startswith("direct")
-    if "avx512_bf16" in _cpu_flags() and torch.ops.d3net_kernels.cpu_isa("") == "avx512":
-        assert medium.startswith("direct in pairs of bfloat16")
+def test_products_of_bfloat16_where_they_pay() -> None:
+    """A matrix unit beats any transform; two products at once only where few taps are alive."""
+    large, few = SHAPES[0], (64, 64, 16, 100, 64)
+    medium = [_plan(large, "medium"), _plan(few, "medium")]
+    high = [_plan(large, "high"), _plan(few, "high")]
+    avx512 = torch.ops.d3net_kernels.cpu_isa("") == "avx512"
+    if avx512 and "amx_bf16" in _cpu_flags():
+        words = "direct in pairs of bfloat16 by the matrix unit"
+        assert all(plan.startswith(words) for plan in medium)
+    elif avx512 and "avx512_bf16" in _cpu_flags():
+        assert medium[0] == high[0]
+        assert medium[1].startswith("direct in pairs of bfloat16, ")
     else:
-        assert medium == _plan(few, "high")
+        assert medium == high
 
 
 def _cpu_flags() -> set[str]:

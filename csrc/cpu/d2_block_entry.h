@@ -51,6 +51,7 @@ std::string d2_plan(const PassShape& shape, int precision, bool exact) {
                                   exact ? machine_of<double>() : machine_of<float>());
   std::string words = name_of(plan.algorithm);
   if (plan.pairs) words += " in pairs of bfloat16";
+  if (plan.amx) words += " by the matrix unit";
   words += ", " + std::to_string(plan.tiles) + " tiles a task";
   if (plan.shares > 1) words += ", outputs in " + std::to_string(plan.shares) + " shares";
   return words;

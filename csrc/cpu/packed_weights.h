@@ -110,7 +110,7 @@ class PackedWeights {
            {reinterpret_cast<int64_t>(pass.weight.data), pass.shape.in_channels,
             pass.shape.out_channels, pass.shape.kernel_h, pass.shape.kernel_w,
             static_cast<int64_t>(pass.plan.algorithm), int64_t{pass.plan.pairs},
-            pass.to.begin % kLanes<A>})
+            int64_t{pass.plan.amx}, pass.to.begin % kLanes<A>})
         key.push_back(part);
     for (const Pass& pass : passes_)
       if (pass.plan.pairs)  // they end with a part

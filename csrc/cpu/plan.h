@@ -30,6 +30,7 @@ struct Machine {
   int lanes;           // elements of the accumulation type in one vector
   int registers;       // vector registers
   bool pairs = false;  // two products of bfloat16 in a lane, by one instruction
+  bool amx = false;    // a matrix unit for products of bfloat16
 };
 
 constexpr int kMaxOutBlock = 13;     // output channels of a microkernel

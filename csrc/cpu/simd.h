@@ -243,6 +243,12 @@ D3NET_INLINE Vec<float> broadcast_pair(const float* p) {
   std::memcpy(&bits, p, sizeof bits);
   return (Vec<float>)_mm512_set1_epi32(bits);
 }
+/// Neighbours in memory: those of `low` in the lower lanes.
+D3NET_INLINE Vec<float> round_neighbours(Vec<float> low, Vec<float> high) {
+  Vec<float> pairs;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pairs) : "v"(low), "v"(high));
+  return pairs;
+}
 D3NET_INLINE Vec<float> round_to_pairs(Vec<float> first, Vec<float> second) {
   return reinterpret_cast<Vec<float>>(to_bfloat16(first) | to_bfloat16(second) << 16);
 }
@@ -309,30 +315,6 @@ template <int distance>
 struct Swap {
   static constexpr int of(int lane) { return lane ^ distance; }
 };
-
-template <int lanes, int first>
-struct EverySecond {
-  static constexpr int of(int lane) { return 2 * lane + first; }
-};
-
-/// The first n, at most 2 * lanes, of elements that belong together in pairs; zeros above.
-template <class A, class T>
-D3NET_INLINE void load_pairs(const T* p, int64_t n, Vec<A>& first, Vec<A>& second) {
-  constexpr int lanes = kLanes<A>;
-#if D3NET_VECTOR_BYTES == 64
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
-    const auto both = (Bits32)_mm512_maskz_loadu_epi16(mask, p);
-    first = reinterpret_cast<Vec<float>>(both << 16);
-    second = reinterpret_cast<Vec<float>>(both & 0xffff0000);
-    return;
-  }
-#endif
-  const Vec<A> low = load_first<A>(p, n);
-  const Vec<A> high = n > lanes ? load_first<A>(p + lanes, n - lanes) : Vec<A>{};
-  first = shuffle<EverySecond<lanes, 0>>(low, high);
-  second = shuffle<EverySecond<lanes, 1>>(low, high);
-}
 
 /// Sum of all lanes, by halves.
 template <class A>

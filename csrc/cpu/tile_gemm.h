@@ -24,12 +24,6 @@ constexpr int tiles_at_once(int chunk, bool by_24) {
   return chunk == 1 ? 12 : chunk == 2 ? 6 : 4;
 }
 
-/// What the planner asks of the machine.
-template <class A>
-Machine machine_of() {
-  return {kLanes<A>, kVectorRegisters, has_pair_products()};
-}
-
 template <class A>
 struct MultiplyArgs {
   const A* v = nullptr;  // [position][group][tiles][lane]

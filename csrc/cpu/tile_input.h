@@ -37,6 +37,10 @@ struct Tiles {
     for (int64_t t = 0; t < count; ++t, cursor.advance())
       at[t] = {cursor.image, cursor.y, cursor.x};
   }
+  bool in_a_row() const {
+    const Origin &first = at[0], &last = at[count - 1];
+    return first.image == last.image && first.y == last.y && first.x + count - 1 == last.x;
+  }
 };
 
 /// Inline for certain, as all its callers up to those with side effects must be: GCC takes
@@ -107,6 +111,19 @@ struct TileInput {
     });
   }
 
+  /// Pairs of all channels of `count` pixels of a row from column x on, zeros outside the map:
+  /// [group][pixel][lane], groups v_group apart.
+  void stage_pairs(const PassShape& s, int64_t image, int64_t y, int64_t x, int64_t count, A* v,
+                   int64_t v_group) const {
+    parts.each_group(2 * kN, [&](const Slab<const In>& part, int64_t in_part, int64_t channel,
+                                 int64_t group, int64_t n) {
+      const ReadPairs element(*this, channel, n);
+      A* to = v + group * v_group;
+      for (int64_t column = x; column < x + count; ++column, to += kN)
+        store(to, s.inside(y, column) ? element(part.at(image, y, column) + in_part) : Vec<A>{});
+    });
+  }
+
  private:
   static constexpr int64_t kTilesAhead = 2;
 
@@ -137,17 +154,20 @@ struct TileInput {
     ReadPairs(const TileInput& input, int64_t channel, int64_t count)
         : floor(broadcast(input.psi.floor())), n(count), activated(input.activated) {
       if (!input.psi.scale) return;
-      load_pairs<A>(input.psi.scale + channel, n, scale[0], scale[1]);
-      load_pairs<A>(input.psi.shift + channel, n, shift[0], shift[1]);
+      for (int i = 0; i < 2; ++i) {
+        scale[i] = load_first<A>(input.psi.scale + channel + i * kN, of_half(i));
+        shift[i] = load_first<A>(input.psi.shift + channel + i * kN, of_half(i));
+      }
     }
     D3NET_INLINE Vec<A> operator()(const In* p) const {
       Vec<A> value[2];
-      load_pairs<A>(p, n, value[0], value[1]);
+      for (int i = 0; i < 2; ++i) value[i] = load_first<A>(p + i * kN, of_half(i));
       if (activated)
         for (int i = 0; i < 2; ++i)
           value[i] = at_least<A>(floor, fma(value[i], scale[i], shift[i]));
-      return round_to_pairs(value[0], value[1]);
+      return round_neighbours(value[0], value[1]);
     }
+    int64_t of_half(int i) const { return std::clamp<int64_t>(n - i * kN, 0, kN); }
   };
 
   /// To L1, what a tile does not share with its neighbours.

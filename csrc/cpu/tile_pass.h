@@ -7,8 +7,8 @@
 
 #include <vector>
 
+#include "amx.h"
 #include "parallel.h"
-#include "tile_gemm.h"
 #include "tile_input.h"
 
 namespace d3net::cpu::D3NET_ISA {
@@ -134,8 +134,12 @@ class TilePass {
   int64_t vectors() const { return ceil_div(to.end, kN) - first_vector(); }
   /// One vector more than needed, so that positions do not fall on one cache set.
   int64_t u_position(int64_t chunk) const { return u_rows() * chunk * kN + kN; }
-  /// One a channel, or one a pair; pairs do not reach into the next part.
-  int64_t u_rows() const { return plan.pairs ? input.parts.groups(2) : shape.in_channels; }
+  /// One a channel, or one a pair; pairs do not reach into the next part, nor do the matrix unit's
+  /// groups of them.
+  int64_t u_rows() const {
+    if (plan.amx) return input.parts.groups(2 * kN) * kN;
+    return plan.pairs ? input.parts.groups(2) : shape.in_channels;
+  }
 
   // ---- weights ---------------------------------------------------------------------------------
 
@@ -181,6 +185,13 @@ class TilePass {
   void each_row(int64_t begin, int64_t end, F&& item) const {
     if constexpr (!pairs) {
       for (int64_t row = begin; row < end; ++row) item(row, row, 1);
+    } else if (plan.amx) {
+      input.parts.each_group(2 * kN,
+                             [&](const auto&, int64_t, int64_t channel, int64_t group, int64_t n) {
+                               for (int64_t i = 0; i < kN; ++i)
+                                 if (const int64_t row = group * kN + i; begin <= row && row < end)
+                                   item(row, channel + 2 * i, std::clamp<int64_t>(n - 2 * i, 0, 2));
+                             });
     } else {
       input.parts.each_group(2, [&](const auto&, int64_t, int64_t channel, int64_t row, int64_t n) {
         if (begin <= row && row < end) item(row, channel, n);
@@ -190,8 +201,8 @@ class TilePass {
 
   template <class E>
   void pack_pair(int64_t channel, int64_t channels, int64_t out, int64_t position, A* u) const {
-    Vec<A> first[kMostTaps], second[kMostTaps] = {};
-    load_taps<E, 1>(channel, out, first);
+    Vec<A> first[kMostTaps] = {}, second[kMostTaps] = {};
+    if (channels >= 1) load_taps<E, 1>(channel, out, first);
     if (channels == 2) load_taps<E, 1>(channel + 1, out, second);
     for (int64_t tap = 0; tap < shape.positions(Algorithm::direct); ++tap)
       store(u + tap * position, round_to_pairs(first[tap], second[tap]));
@@ -281,7 +292,12 @@ class TilePass {
     int64_t num_live = 0;
     if constexpr (m == 1)
       num_live = shape.live_taps_of(box_of(grid, run * plan.tiles, tiles.count), live);
-    input.template transform<m, pairs>(shape, tiles, live, num_live, v, plan.tiles, v_position);
+    int64_t v_offsets[kMostTaps];
+    AmxArgs amx;
+    if (pairs && plan.amx)
+      amx = stage_for_amx(tiles, live, num_live, v, v_position, v_offsets);
+    else
+      input.template transform<m, pairs>(shape, tiles, live, num_live, v, plan.tiles, v_position);
 
     // The share begins and ends with a chunk.
     const int64_t share = task % plan.shares;
@@ -309,7 +325,16 @@ class TilePass {
         args.num_positions = num_live;
         prefetch_outputs<m>(tiles, 0, first, chunk);
         if (last_chunk) prefetch_lowest_row(ahead);
-        kernel(args);
+        if constexpr (pairs && kMayAmx) {
+          if (plan.amx) {
+            amx.u = packed, amx.u_position = u_position(chunk), amx.products = products;
+            amx_multiply(amx, chunk);
+          } else {
+            kernel(args);
+          }
+        } else {
+          kernel(args);
+        }
       } else {
         for (int p = 0; p < positions; ++p) {
           prefetch_outputs<m>(tiles, p, first, chunk);
@@ -324,6 +349,35 @@ class TilePass {
       packed += positions * u_position(chunk);
       first += chunk;
     }
+  }
+
+  /// What the matrix unit multiplies of some pixels: where they are neighbours in a row and taps
+  /// overlap, each pixel of the rows they read once; else each tap's pixels by themselves.
+  AmxArgs stage_for_amx(const Tiles& tiles, const int* live, int64_t num_live, A* v,
+                        int64_t v_position, int64_t* v_offsets) const {
+    AmxArgs args;
+    if constexpr (kMayPair) {
+      const int64_t groups = input.parts.groups(2 * kN);
+      args = {v, v_offsets, plan.tiles * kN, groups, nullptr, 0, live, num_live, plan.tiles};
+      if (tiles.in_a_row() && shape.dilation_w < plan.tiles) {
+        const int64_t span = plan.tiles + (shape.kernel_w - 1) * shape.dilation_w;
+        const Origin& first = tiles.at[0];
+        args.v_group = span * kN;
+        for (int64_t q = 0, staged = -1; q < num_live; ++q) {
+          const int64_t i = live[q] / shape.kernel_w, j = live[q] % shape.kernel_w;
+          A* row = v + i * groups * args.v_group;
+          if (i != staged)
+            input.stage_pairs(shape, first.image, shape.tap_y(first.y, i), shape.tap_x(first.x, 0),
+                              span, row, args.v_group);
+          staged = i;
+          v_offsets[q] = row - v + j * shape.dilation_w * kN;
+        }
+      } else {
+        input.template transform<1, true>(shape, tiles, live, num_live, v, plan.tiles, v_position);
+        for (int64_t q = 0; q < num_live; ++q) v_offsets[q] = live[q] * v_position;
+      }
+    }
+    return args;
   }
 
   // ---- outputs ---------------------------------------------------------------------------------

@@ -62,11 +62,13 @@ struct PassShape {
 struct PassPlan {
   Algorithm algorithm = Algorithm::direct;
   bool pairs = false;  // direct products of two channels at once, rounded to bfloat16
+  bool amx = false;    // by the matrix unit
   int64_t tiles = 24;  // of one task
   int64_t shares = 1;  // of the output channels: so many tasks work on the same tiles
 };
 
-constexpr int64_t kMostTiles = 24;
+constexpr int64_t kTiles = 24;      // of a task as a rule
+constexpr int64_t kMostTiles = 64;  // of a task for the matrix unit
 constexpr int64_t kMostTaps = 64;
 
 /// Taps along an axis that a run of `run` outputs needs, on average.
@@ -77,8 +79,9 @@ inline double mean_live_taps(int64_t size, int64_t kernel, int64_t dilation, int
   return static_cast<double>(taps) / static_cast<double>(runs);
 }
 
-/// Modelled cycles of one core: two FMA a cycle, and what a tile costs to transform, in and out,
-/// per vector of channels (from counting loads, stores and arithmetic).
+/// Modelled cycles of one core: two FMA a cycle, or sixteen by the matrix unit, half of its best,
+/// and what a tile costs to transform, in and out, per vector of channels (from counting loads,
+/// stores and arithmetic).
 inline double pass_cost(const PassShape& s, Algorithm algorithm, Machine machine,
                         bool pairs = false) {
   const double tiles = static_cast<double>(s.grid(algorithm).count());
@@ -90,10 +93,13 @@ inline double pass_cost(const PassShape& s, Algorithm algorithm, Machine machine
     taps = 16, in = 45, out = 35;
   } else if (algorithm == Algorithm::direct) {
     taps = mean_live_taps(s.height, s.kernel_h, s.dilation_h, 1) *
-           mean_live_taps(s.width, s.kernel_w, s.dilation_w, kMostTiles);
-    in = (pairs ? 4 : 2.5) * taps, out = 5;
+           mean_live_taps(s.width, s.kernel_w, s.dilation_w, kTiles);
+    in = 2.5 * taps, out = 5;
   }
-  const double a_cycle = pairs ? 4 : 2;
+  double a_cycle = pairs ? 4 : 2;
+  if (pairs && machine.amx)
+    a_cycle = 16 * static_cast<double>(s.in_channels) /
+              static_cast<double>(round_up(s.in_channels, 2 * machine.lanes));
   return tiles * (taps * products / a_cycle + in * in_vectors + out * out_vectors);
 }
 
@@ -128,7 +134,9 @@ inline PassPlan plan_pass(const PassShape& s, Precision precision, bool exact, M
   }
   // Small maps are cut finer, so that there are tasks to share.
   const int64_t tiles = s.grid(plan.algorithm).count();
-  plan.tiles = tiles < kWantedTasks * kMostTiles ? 12 : kMostTiles;
+  plan.amx = plan.pairs && machine.amx;
+  const int64_t most = plan.amx ? kMostTiles : kTiles;
+  plan.tiles = tiles < kWantedTasks * most ? most / 2 : most;
   const int64_t most_shares = std::max<int64_t>(1, s.out_channels / (2 * machine.lanes));
   plan.shares = std::min(most_shares, ceil_div(kWantedTasks, ceil_div(tiles, plan.tiles)));
   return plan;
