@@ -242,9 +242,10 @@ def test_high_precision(
 def test_medium_precision(
     norm: str, mode: str, switch: Callable[[str], None], generator: torch.Generator
 ) -> None:
-    """No further from the truth than plain torch in bfloat16, as a rule of several draws: in a
-    single one a ReLU's input may round to the other side of zero for one of them alone. Half as
-    much again is for the luck that is left."""
+    """No further from the truth than plain torch in bfloat16, on average of several draws and of the
+    sources: in a single one a ReLU's input may round to the other side of zero for one of them
+    alone, which moves a gradient of few numbers by much. Half as much again is for the luck that is
+    left (the ratio's median is .8, its 999th of 1000 draws 1.3)."""
     errors: dict[str, list[tuple[float, float]]] = {}
     for _ in range(9):
         block = replace(LARGE, norm=norm, mode=mode, size=(2, 10, 14)).block(generator)
@@ -258,9 +259,10 @@ def test_medium_precision(
             assert result.dtype == torch.float32
             size = float(truth[name].norm()) or 1
             found, allowed = (float((t - truth[name]).norm()) for t in (result, plain[name]))
-            errors.setdefault(name, []).append((found / size, allowed / size))
+            kind = name.partition("[")[0]
+            errors.setdefault(kind, []).append((found / size, allowed / size))
     for name, pairs in errors.items():
-        found, allowed = (statistics.median(column) for column in zip(*pairs, strict=True))
+        found, allowed = (statistics.fmean(column) for column in zip(*pairs, strict=True))
         assert found <= 1.5 * allowed + 8 * torch.finfo(torch.float32).eps, name
 
 
