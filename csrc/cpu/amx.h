@@ -84,29 +84,24 @@ class AmxRegisters {
 /// squares of tiles x vectors of output channels, from `tile` and `k` on.
 template <int squares, int vectors>
 void amx_multiply_some(const AmxArgs& s, int64_t tile, int64_t k, int64_t chunk) {
-  static_assert(squares * vectors + 2 <= 8);
-  constexpr int a = squares * vectors, b = a + 1;
+  constexpr int sums = squares * vectors, a = sums, b = a + (vectors > 1 ? squares : 1);
+  static_assert(b + vectors <= 8);
   constexpr int64_t lanes = kLanes<float>, row = lanes * sizeof(float);
-  unroll<squares * vectors>([](auto t) __attribute__((always_inline)) { amx_zero<t>(); });
+  unroll<sums>([](auto t) __attribute__((always_inline)) { amx_zero<t>(); });
   for (int64_t q = 0; q < s.num_taps; ++q) {
     const float* u = s.u + s.taps[q] * s.u_position + k * lanes;
     const float* v = s.v + s.v_offsets[q] + tile * lanes;
     for (int64_t group = 0; group < s.num_groups; ++group) {
-      if constexpr (vectors == 1) {
-        amx_load<b>(u, chunk * row);
-        unroll<squares>([&](auto r) __attribute__((always_inline)) {
-          amx_load<a>(v + r * kAmxRows * lanes, row);
-          amx_add_products<r, a, b>();
+      unroll<vectors>([&](auto j) __attribute__((always_inline)) {
+        amx_load<b + j>(u + j * lanes, chunk * row);
+      });
+      unroll<squares>([&](auto r) __attribute__((always_inline)) {
+        constexpr int pixels = vectors > 1 ? a + r : a;
+        amx_load<pixels>(v + r * kAmxRows * lanes, row);
+        unroll<vectors>([&](auto j) __attribute__((always_inline)) {
+          amx_add_products<r * vectors + j, pixels, b + j>();
         });
-      } else {
-        unroll<squares>([&](auto r) __attribute__((always_inline)) {
-          amx_load<a>(v + r * kAmxRows * lanes, row);
-          unroll<vectors>([&](auto j) __attribute__((always_inline)) {
-            amx_load<b>(u + j * lanes, chunk * row);
-            amx_add_products<r * vectors + j, a, b>();
-          });
-        });
-      }
+      });
       v += s.v_group;
       u += kAmxRows * chunk * lanes;
     }
@@ -122,16 +117,14 @@ void amx_multiply_some(const AmxArgs& s, int64_t tile, int64_t k, int64_t chunk)
 /// For a chunk of vectors of output channels.
 inline void amx_multiply(const AmxArgs& s, int chunk) {
   const AmxRegisters registers;
-  for (int64_t k = 0; k < chunk;) {
-    const int64_t vectors = chunk - k == 3 ? 3 : std::min<int64_t>(2, chunk - k);
-    const int64_t step = (vectors == 1 && s.tiles % 64 == 0 ? 4 : 2) * kAmxRows;
+  for (int64_t k = 0; k < chunk; k += 2) {
+    const bool two = k + 1 < chunk, wide = !two && s.tiles % (4 * kAmxRows) == 0;
+    const int64_t step = (wide ? 4 : 2) * kAmxRows;
     for (int64_t tile = 0; tile < s.tiles; tile += step) {
-      if (vectors == 3) amx_multiply_some<2, 3>(s, tile, k, chunk);
-      if (vectors == 2) amx_multiply_some<2, 2>(s, tile, k, chunk);
-      if (vectors == 1 && step == 64) amx_multiply_some<4, 1>(s, tile, k, chunk);
-      if (vectors == 1 && step == 32) amx_multiply_some<2, 1>(s, tile, k, chunk);
+      if (two) amx_multiply_some<2, 2>(s, tile, k, chunk);
+      if (wide) amx_multiply_some<4, 1>(s, tile, k, chunk);
+      if (!two && !wide) amx_multiply_some<2, 1>(s, tile, k, chunk);
     }
-    k += vectors;
   }
 }
 

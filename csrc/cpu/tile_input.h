@@ -115,12 +115,18 @@ struct TileInput {
   /// [group][pixel][lane], groups v_group apart.
   void stage_pairs(const PassShape& s, int64_t image, int64_t y, int64_t x, int64_t count, A* v,
                    int64_t v_group) const {
+    const bool row = y >= 0 && y < s.height;
+    const int64_t first = row ? std::clamp<int64_t>(-x, 0, count) : count;
+    const int64_t last = std::clamp(s.width - x, first, count);
     parts.each_group(2 * kN, [&](const Slab<const In>& part, int64_t in_part, int64_t channel,
                                  int64_t group, int64_t n) {
       const ReadPairs element(*this, channel, n);
       A* to = v + group * v_group;
-      for (int64_t column = x; column < x + count; ++column, to += kN)
-        store(to, s.inside(y, column) ? element(part.at(image, y, column) + in_part) : Vec<A>{});
+      for (int64_t i = 0; i < first; ++i) store(to + i * kN, Vec<A>{});
+      const In* pixel = part.at(image, y, x) + in_part;
+      for (int64_t i = first; i < last; ++i)
+        store(to + i * kN, element(pixel + i * part.stride_w));
+      for (int64_t i = last; i < count; ++i) store(to + i * kN, Vec<A>{});
     });
   }
 
@@ -161,7 +167,8 @@ struct TileInput {
     }
     D3NET_INLINE Vec<A> operator()(const In* p) const {
       Vec<A> value[2];
-      for (int i = 0; i < 2; ++i) value[i] = load_first<A>(p + i * kN, of_half(i));
+      for (int i = 0; i < 2; ++i)
+        value[i] = n == 2 * kN ? load<A>(p + i * kN) : load_first<A>(p + i * kN, of_half(i));
       if (activated)
         for (int i = 0; i < 2; ++i)
           value[i] = at_least<A>(floor, fma(value[i], scale[i], shift[i]));
