@@ -177,16 +177,17 @@ class D2Forward : D2Block<T> {
       pass.input = {this->source(link.source), true, this->psi_of(link)};
       pass.weight = this->weight_of(link);
       pass.wide_weights = this->wide_weights();
-      pass.to = destination(sums.get());
-      pass.to.begin = p.in_row(link.first_layer);
-      pass.to.end = p.in_row(link.last_layer + 1);
-      pass.accumulate = !link.opens;
-      if (link.opens) pass.bias = bias.data() + (link.first_layer - 1) * p.growth;
-      if (!Base::kWide && link.finishes) pass.completed = {this->layer(link.finishes), p.growth};
+      pass.output.to = destination(sums.get());
+      pass.output.to.begin = p.in_row(link.first_layer);
+      pass.output.to.end = p.in_row(link.last_layer + 1);
+      pass.output.accumulate = !link.opens;
+      if (link.opens) pass.output.bias = bias.data() + (link.first_layer - 1) * p.growth;
+      if (!Base::kWide && link.finishes)
+        pass.output.completed = {this->layer(link.finishes), p.growth};
       if (measures(link.finishes)) {
         moments[i].resize(static_cast<size_t>(pass.runs() * p.growth));
         counts[i].resize(static_cast<size_t>(pass.runs()));
-        pass.measure = {p.growth, moments[i].data(), counts[i].data()};
+        pass.output.measure = {p.growth, moments[i].data(), counts[i].data()};
       }
     }
     PackedWeights<Pass> packed(passes, p.weights_recur);
@@ -297,7 +298,7 @@ class D2Backward : D2Block<T> {
       const Link& link = this->links_[i];
       passes.push_back(data_gradient(link));
       sums[i].resize(static_cast<size_t>(2 * passes[i].runs() * passes[i].shape.out_channels));
-      passes[i].behind.sums = sums[i].data();
+      passes[i].output.behind.sums = sums[i].data();
       weight_gradients.push_back(weight_gradient(link));
       if (weight_gradients[i].to)
         workspace_size = std::max(workspace_size, weight_gradients[i].workspace_size());
@@ -384,11 +385,11 @@ class D2Backward : D2Block<T> {
     pass.input.parts.add(read(gradient_of(link.first_layer)), pass.shape.in_channels);
     pass.weight = transposed(this->weight_of(link), p.kernel_h, p.kernel_w, this->weight_bytes());
     pass.wide_weights = this->wide_weights();
-    pass.to.low = gradient_y_of(link);
-    pass.to.cut = pass.to.end = pass.shape.out_channels;
-    pass.behind = {this->source(link.source), this->psi_of(link),
-                   means_[static_cast<size_t>(link.norm)].data() + this->in_norm(link.source),
-                   nullptr, false};
+    pass.output.to.low = gradient_y_of(link);
+    pass.output.to.cut = pass.output.to.end = pass.shape.out_channels;
+    pass.output.behind = {
+        this->source(link.source), this->psi_of(link),
+        means_[static_cast<size_t>(link.norm)].data() + this->in_norm(link.source), nullptr, false};
     return pass;
   }
 

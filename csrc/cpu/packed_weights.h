@@ -21,7 +21,7 @@ class PackedWeights {
   /// `recur`: whether later calls are expected to have the same weights.
   PackedWeights(const std::vector<Pass>& passes, bool recur) : passes_(passes) {
     for (const Pass& pass : passes)
-      offsets_.push_back(offsets_.back() + round_up(pass.packed_size(), 64));
+      offsets_.push_back(offsets_.back() + round_up(pass.packing().size(), 64));
     borrowed_.emplace(memory(), offsets_.back());
     if (!recur || !worth_keeping()) return;
     PackedCache& cache = PackedCache::of_process();
@@ -48,11 +48,11 @@ class PackedWeights {
       });
     }
     int64_t items = 0;
-    for (const Pass& pass : passes_) items += pass.pack_items();
+    for (const Pass& pass : passes_) items += pass.packing().items();
     worker.each(items, [&](int64_t item, int64_t) {
       size_t i = 0;
-      while (item >= passes_[i].pack_items()) item -= passes_[i++].pack_items();
-      passes_[i].pack(item, of(i));
+      while (item >= passes_[i].packing().items()) item -= passes_[i++].packing().items();
+      passes_[i].packing().pack(item, of(i));
     });
     if (found_ || !entry_) return;
     compare(worker);  // somebody may have written to the weights meanwhile
@@ -93,7 +93,7 @@ class PackedWeights {
   }
 
   int64_t bytes_of(const Pass& pass) const {
-    return pass.shape.out_channels * pass.weight.stride_k * pass.weight_bytes();
+    return pass.shape.out_channels * pass.weight.stride_k * pass.packing().bytes_of_one();
   }
   int64_t weight_bytes() const {
     int64_t sum = 0;
@@ -103,14 +103,14 @@ class PackedWeights {
 
   PackedCache::Key key() const {
     const Pass& first = passes_.front();
-    PackedCache::Key key{D3NET_VECTOR_BYTES, first.weight_bytes(), first.weights_are_bfloat16(),
-                         sizeof(A)};
+    PackedCache::Key key{D3NET_VECTOR_BYTES, first.packing().bytes_of_one(),
+                         first.packing().are_bfloat16(), sizeof(A)};
     for (const Pass& pass : passes_)
       for (const int64_t part :
            {reinterpret_cast<int64_t>(pass.weight.data), pass.shape.in_channels,
             pass.shape.out_channels, pass.shape.kernel_h, pass.shape.kernel_w,
             static_cast<int64_t>(pass.plan.algorithm), int64_t{pass.plan.pairs},
-            int64_t{pass.plan.amx}, pass.to.begin % kLanes<A>})
+            int64_t{pass.plan.amx}, pass.output.lead()})
         key.push_back(part);
     for (const Pass& pass : passes_)
       if (pass.plan.pairs)  // they end with a part

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "channel_groups.h"
 #include "tile_io.h"
 #include "tile_plan.h"
 #include "tile_transforms.h"
@@ -63,18 +64,14 @@ struct Parts {
     x.push_back(next);
     channels.push_back(its_channels);
   }
-  int64_t groups(int64_t lanes) const {
-    int64_t sum = 0;
-    for (const int64_t c : channels) sum += ceil_div(c, lanes);
-    return sum;
-  }
+  int64_t groups(int64_t lanes) const { return count_groups(channels, lanes); }
   /// item(part, its channel, the channel among all, group, how many) for each group.
   template <class F>
   D3NET_INLINE void each_group(int64_t lanes, F&& item) const {
-    int64_t group = 0, before = 0;
-    for (size_t i = 0; i < x.size(); before += channels[i++])
-      for (int64_t c = 0; c < channels[i]; c += lanes, ++group)
-        item(x[i], c, before + c, group, std::min(lanes, channels[i] - c));
+    each_channel_group(
+        channels, lanes,
+        [&](size_t part, int64_t in_part, int64_t channel, int64_t group, int64_t n)
+            __attribute__((always_inline)) { item(x[part], in_part, channel, group, n); });
   }
   /// All channels of a pixel come to L2.
   D3NET_INLINE void prefetch_pixel(int64_t image, int64_t y, int64_t column) const {
@@ -124,8 +121,7 @@ struct TileInput {
       A* to = v + group * v_group;
       for (int64_t i = 0; i < first; ++i) store(to + i * kN, Vec<A>{});
       const In* pixel = part.at(image, y, x) + in_part;
-      for (int64_t i = first; i < last; ++i)
-        store(to + i * kN, element(pixel + i * part.stride_w));
+      for (int64_t i = first; i < last; ++i) store(to + i * kN, element(pixel + i * part.stride_w));
       for (int64_t i = last; i < count; ++i) store(to + i * kN, Vec<A>{});
     });
   }

@@ -27,9 +27,9 @@ class TileLayer {
       pass.plan = plan_of(pass.shape);
       pass.input = input_of(g);
       pass.weight = weight_of(g);
-      pass.to = destination(out, p.out_channels);
-      pass.bias = g.channel == 0 ? bias : nullptr;
-      pass.accumulate = g.channel > 0;
+      pass.output.to = destination(out, p.out_channels);
+      pass.output.bias = g.channel == 0 ? bias : nullptr;
+      pass.output.accumulate = g.channel > 0;
     });
     run(passes);
     return true;
@@ -56,12 +56,12 @@ class TileLayer {
       pass.plan = plan_of(pass.shape);
       pass.input.parts.add(slab<const float>(gradient), p.out_channels);
       pass.weight = transposed(weight_of(g), p.kernel_h, p.kernel_w, sizeof(float));
-      pass.to = destination(grad_inputs[i], g.channels);
+      pass.output.to = destination(grad_inputs[i], g.channels);
       if (p.psi.scale || p.psi.relu) {
         std::vector<double>& of_source = sums[static_cast<size_t>(i)];
         of_source.resize(static_cast<size_t>(2 * pass.runs() * g.channels));
         const TileInput<float, float> input = input_of(g);
-        pass.behind = {input.parts, input.psi, zeros.data(), of_source.data(), true};
+        pass.output.behind = {input.parts, input.psi, zeros.data(), of_source.data(), true};
       }
       channel += g.channels;
     }
