@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> channel_moments(Tensor x) {
 
 std::string cpu_isa(std::string request) {
   STD_TORCH_CHECK(request.empty() || cpu::force_isa(request.c_str()), "cpu_isa: got '", request,
-                  "', accepted are portable, avx2 and avx512 where this CPU has them");
+                  "', accepted are portable, avx2, avx512 and amx where this CPU has them");
   return cpu::kernels().isa;
 }
 

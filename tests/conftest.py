@@ -31,6 +31,19 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One instruction set of the CPU in force; skipped where the machine lacks it."""
+    cpu_isa = torch.ops.d3net_kernels.cpu_isa
+    before = cpu_isa("")
+    try:
+        forced = cpu_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    yield forced
+    cpu_isa(before)
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     """Seed torch's global generator too, and use one thread: the problems are small."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import grid
 import pytest
 import torch
+from block_grid import NORMS, assert_right, ours
+from block_grid import Case as Block
 from torch import Tensor
 
 import d3net_kernels as dk
@@ -26,24 +26,24 @@ _CASES = [
 ]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One instruction set in force; skipped where the machine lacks it."""
-    cpu_isa = torch.ops.d3net_kernels.cpu_isa
-    before = cpu_isa("")
-    try:
-        forced = cpu_isa(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield forced
-    cpu_isa(before)
-
-
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case.name)
 def test_right(isa: str, case: grid.Case, generator: torch.Generator) -> None:
     assert torch.ops.d3net_kernels.cpu_isa("") == isa
     problem = case.problem(generator)
     grid.assert_right(problem, grid.BACKENDS["default"](problem))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block(
+    isa: str, dtype: torch.dtype, norm: str, mode: str, generator: torch.Generator
+) -> None:
+    """Channels beyond a vector, rows beyond a task of the matrix unit, and what is left of both."""
+    block = Block(
+        "", channels=37, growth=19, layers=3, size=(2, 11, 83), dtype=dtype, norm=norm, mode=mode
+    ).block(generator)
+    assert_right(block, ours(block))
 
 
 def _with_threads(threads: int, problem: Problem) -> dict[str, Tensor]:

@@ -2,13 +2,8 @@
 // 32 input channels of sixteen pixels by the weights of sixteen output channels.
 #pragma once
 
+#include "kernels.h"
 #include "tile_gemm.h"
-
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace d3net::cpu::D3NET_ISA {
 
@@ -27,25 +22,12 @@ struct AmxArgs {
   int64_t u_position = 0;
   const int* taps = nullptr;  // in U, of those to add up
   int64_t num_taps = 0;
-  int64_t tiles = 0;          // a multiple of 32
+  int64_t tiles = 0;          // from one vector of products to the next
+  int64_t count = 0;          // of them wanted; a multiple of 32 is multiplied
   float* products = nullptr;  // [chunk][tiles][lane]
 };
 
-#if defined(__x86_64__) && defined(__linux__) && D3NET_VECTOR_BYTES == 64
-
-/// The system keeps the unit's registers only for processes that have asked for them.
-inline bool ask_for_amx() {
-  uint32_t a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr uint32_t kTile = 1u << 24, kBfloat16 = 1u << 22;
-  if (!(d & kTile) || !(d & kBfloat16)) return false;
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
-inline bool has_amx() {
-  static const bool has = ask_for_amx();
-  return has;
-}
+#if D3NET_VECTOR_BYTES == 64
 
 template <int t>
 D3NET_INLINE void amx_zero() {
@@ -66,19 +48,32 @@ D3NET_INLINE void amx_add_products() {
 }
 
 /// The unit's registers as eight squares of 16 x 64 bytes, for the length of a product. They are
-/// the thread's, and other libraries set them up before each use.
+/// the thread's: another library that believes them set up finds them as it left them.
 class AmxRegisters {
+  struct alignas(64) Layout {
+    uint8_t palette = 0, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  static_assert(sizeof(Layout) == 64);
+
  public:
   AmxRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } const layout;
-    static_assert(sizeof layout == 64);
-    asm volatile("ldtilecfg %0" ::"m"(layout));
+    asm volatile("sttilecfg %0" : "=m"(before_));
+    Layout squares;
+    squares.palette = 1;
+    for (int t = 0; t < 8; ++t) squares.bytes[t] = 64, squares.rows[t] = kAmxRows;
+    asm volatile("ldtilecfg %0" ::"m"(squares));
   }
-  ~AmxRegisters() { asm volatile("tilerelease" ::: "memory"); }
+  ~AmxRegisters() {
+    if (before_.palette)
+      asm volatile("ldtilecfg %0" ::"m"(before_) : "memory");
+    else
+      asm volatile("tilerelease" ::: "memory");
+  }
+
+ private:
+  Layout before_;
 };
 
 /// squares of tiles x vectors of output channels, from `tile` and `k` on.
@@ -118,9 +113,9 @@ void amx_multiply_some(const AmxArgs& s, int64_t tile, int64_t k, int64_t chunk)
 inline void amx_multiply(const AmxArgs& s, int chunk) {
   const AmxRegisters registers;
   for (int64_t k = 0; k < chunk; k += 2) {
-    const bool two = k + 1 < chunk, wide = !two && s.tiles % (4 * kAmxRows) == 0;
+    const bool two = k + 1 < chunk, wide = !two && s.count > 2 * kAmxRows;
     const int64_t step = (wide ? 4 : 2) * kAmxRows;
-    for (int64_t tile = 0; tile < s.tiles; tile += step) {
+    for (int64_t tile = 0; tile < s.count; tile += step) {
       if (two) amx_multiply_some<2, 2>(s, tile, k, chunk);
       if (wide) amx_multiply_some<4, 1>(s, tile, k, chunk);
       if (!two && !wide) amx_multiply_some<2, 1>(s, tile, k, chunk);
@@ -129,14 +124,13 @@ inline void amx_multiply(const AmxArgs& s, int chunk) {
 }
 
 #else
-inline bool has_amx() { return false; }
 inline void amx_multiply(const AmxArgs&, int) {}
 #endif
 
 /// What the planner asks of the machine.
 template <class A>
 Machine machine_of() {
-  return {kLanes<A>, kVectorRegisters, has_pair_products(), has_amx()};
+  return {kLanes<A>, kVectorRegisters, has_pair_products(), kMayAmx && kernels().amx};
 }
 
 }  // namespace d3net::cpu::D3NET_ISA

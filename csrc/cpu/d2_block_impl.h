@@ -120,6 +120,7 @@ class D2Block {
     s.height = p.height;
     s.width = p.width;
     s.in_channels = p.channels_of(link.source);
+    s.in_tensors = static_cast<int64_t>(source(link.source).x.size());
     s.out_channels = (link.last_layer - link.first_layer + 1) * p.growth;
     s.kernel_h = p.kernel_h;
     s.kernel_w = p.kernel_w;

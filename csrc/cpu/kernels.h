@@ -38,15 +38,18 @@ struct Kernels {
   void (*d2_forward)(const D2Problem&, const D2Features&, void* mean, void* variance);
   void (*d2_backward)(const D2Problem&, const D2Features&, const void* mean, const void* variance,
                       const D2Gradients&);
+
+  bool amx = false;  // products of bfloat16 by the matrix unit
 };
 
 const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& amx_kernels();
 #endif
 
-/// The kernels in force: the widest this CPU runs unless force_isa or D3NET_KERNELS_ISA said else.
+/// The kernels in force: the fastest this CPU runs unless force_isa or D3NET_KERNELS_ISA said else.
 const Kernels& kernels();
 
 /// Switches to the named instruction set; false if unknown or not on this CPU.

@@ -7,6 +7,15 @@
 
 namespace d3net::cpu {
 const Kernels& avx512_kernels() { return avx512::kKernels; }
+const Kernels& amx_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = avx512::kKernels;
+    k.isa = "amx";
+    k.amx = true;
+    return k;
+  }();
+  return kernels;
+}
 }  // namespace d3net::cpu
 
 #if defined(__clang__)

@@ -87,7 +87,7 @@ class PackedWeights {
           w.stride_k != s.in_channels * w.stride_c)
         return false;
       packing += packing_cost(s, pass.plan.algorithm, machine);
-      all += pass_cost(s, pass.plan.algorithm, machine, pass.plan.pairs);
+      all += pass_cost(s, pass.plan, machine);
     }
     return packing > all / 16;
   }
@@ -110,7 +110,7 @@ class PackedWeights {
            {reinterpret_cast<int64_t>(pass.weight.data), pass.shape.in_channels,
             pass.shape.out_channels, pass.shape.kernel_h, pass.shape.kernel_w,
             static_cast<int64_t>(pass.plan.algorithm), int64_t{pass.plan.pairs},
-            int64_t{pass.plan.amx}, pass.output.lead()})
+            int64_t{pass.plan.amx}, pass.plan.shares, pass.output.lead()})
         key.push_back(part);
     for (const Pass& pass : passes_)
       if (pass.plan.pairs)  // they end with a part

@@ -49,7 +49,12 @@ class WorkQueue {
   void work(int64_t worker, F&& item) {
     auto run = [&](int64_t i, int64_t next) {
       const Done done{done_};  // also when item throws: nobody waits for ever
-      item(i, next);
+      try {
+        item(i, next);
+      } catch (...) {
+        if (next >= 0) const Done never_begun{done_};
+        throw;
+      }
     };
     Share& own = shares_[static_cast<size_t>(worker)];
     for (int64_t i = own.take(), next; i >= 0; i = next) {

@@ -35,6 +35,7 @@ struct MultiplyArgs {
   const int64_t* channels = nullptr;  // of each part; twice as many as rows of U with pairs
   int64_t num_parts = 0;
   int64_t tiles = 0;
+  int64_t count = 0;      // of them wanted; some more are multiplied
   A* products = nullptr;  // [chunk][tiles][lane]
 };
 
@@ -42,7 +43,7 @@ template <class A, int chunk, int rows, bool pairs>
 void multiply(const MultiplyArgs<A>& args) {
   constexpr int lanes = kLanes<A>;
   const MultiplyArgs<A> s = args;
-  for (int64_t tile = 0; tile < s.tiles; tile += rows) {
+  for (int64_t tile = 0; tile < s.count; tile += rows) {
     Vec<A> acc[rows][chunk] = {};
     for (int64_t q = 0; q < s.num_positions; ++q) {
       const A* u = s.u + s.positions[q] * s.u_position;

@@ -28,6 +28,8 @@ struct TileGrid {
 /// thread's.
 class TileCursor {
  public:
+  static constexpr int64_t kLow = 64;  // rows
+
   int64_t image = 0, y = 0, x = 0;  // of the tile's first output
   int64_t left, right;              // of the stripe
 
@@ -58,7 +60,7 @@ class TileCursor {
   }
 
  private:
-  static constexpr int64_t kLow = 64, kStripe = 64;  // rows, columns
+  static constexpr int64_t kStripe = 64;  // columns
 
   int64_t band_h() const { return grid_.outputs * grid_.dilation_h; }
   int64_t band_w() const { return grid_.outputs * grid_.dilation_w; }

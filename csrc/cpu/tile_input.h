@@ -32,15 +32,15 @@ struct Tiles {
   int64_t count = 0;
 
   Tiles() = default;
+  /// Neighbours in a row, from `first` on.
+  Tiles(const Origin& first, int64_t pixels) : count(pixels) {
+    for (int64_t t = 0; t < count; ++t) at[t] = {first.image, first.y, first.x + t};
+  }
   Tiles(const TileGrid& grid, int64_t first, int64_t most)
       : count(std::min(most, grid.count() - first)) {
     TileCursor cursor(grid, first);
     for (int64_t t = 0; t < count; ++t, cursor.advance())
       at[t] = {cursor.image, cursor.y, cursor.x};
-  }
-  bool in_a_row() const {
-    const Origin &first = at[0], &last = at[count - 1];
-    return first.image == last.image && first.y == last.y && first.x + count - 1 == last.x;
   }
 };
 

@@ -152,8 +152,8 @@ class TileLayer {
   }
   PassShape shape_of(const Group& g) const {
     const Source& source = p.sources[g.first];
-    return {p.batch,    p.height,   p.width,           g.channels,       p.out_channels,
-            p.kernel_h, p.kernel_w, source.dilation_h, source.dilation_w};
+    return {p.batch,    p.height,   p.width,           g.channels,        p.out_channels,
+            p.kernel_h, p.kernel_w, source.dilation_h, source.dilation_w, g.last - g.first};
   }
   static PassPlan plan_of(const PassShape& shape) {
     return plan_pass(shape, Precision::highest, false, machine_of<float>());

@@ -31,7 +31,7 @@ class TilePass {
   TileOutput<X, A> output;
 
   /// Runs of tiles, each with sums of its own.
-  int64_t runs() const { return ceil_div(shape.grid(plan.algorithm).count(), plan.tiles); }
+  int64_t runs() const { return count_runs(shape, plan); }
   int64_t tasks() const { return runs() * plan.shares; }
 
   WeightPacking<X, A> packing() const {
@@ -64,16 +64,13 @@ class TilePass {
     static thread_local Scratch v_memory, product_memory;
     const int64_t run = task / plan.shares, next_run = next < 0 ? -1 : next / plan.shares;
     const int64_t positions = shape.positions(plan.algorithm);
-    const TileGrid grid = shape.grid(plan.algorithm);
-    const Tiles tiles(grid, run * plan.tiles, plan.tiles);
-    const Tiles ahead = next_run <= run ? Tiles() : Tiles(grid, next_run * plan.tiles, plan.tiles);
+    const Tiles tiles = tiles_of(run), ahead = next_run <= run ? Tiles() : tiles_of(next_run);
 
     const int64_t v_position = input.parts.groups(pairs ? 2 * kN : kN) * plan.tiles * kN + kN;
     A* v = v_memory.get<A>(positions * v_position);
     int live[kMostTaps];
     int64_t num_live = 0;
-    if constexpr (m == 1)
-      num_live = shape.live_taps_of(box_of(grid, run * plan.tiles, tiles.count), live);
+    if constexpr (m == 1) num_live = shape.live_taps_of(box_of(tiles, run), live);
     int64_t v_offsets[kMostTaps];
     AmxArgs amx;
     if (pairs && plan.amx)
@@ -81,18 +78,13 @@ class TilePass {
     else
       input.template transform<m, pairs>(shape, tiles, live, num_live, v, plan.tiles, v_position);
 
-    // The share begins and ends with a chunk.
     const WeightPacking<X, A> packing = this->packing();
     const int64_t share = task % plan.shares;
-    const int64_t begin = output.vectors() * share / plan.shares;
-    const int64_t end = output.vectors() * (share + 1) / plan.shares;
-    for (int64_t first = 0; first < end;) {
-      const int chunk = next_chunk(output.vectors() - first);
-      if (first < begin) {
-        packed += positions * packing.position(chunk);
-        first += chunk;
-        continue;
-      }
+    const int64_t begin = packing.share_begin(share), end = packing.share_begin(share + 1);
+    for (int64_t first = 0; first < begin; first += packing.chunk_at(first))
+      packed += packing.chunk_size(packing.chunk_at(first));
+    for (int64_t first = begin; first < end;) {
+      const int chunk = packing.chunk_at(first);
       const bool last_chunk = first + chunk >= end;
       const int64_t product_position = chunk * plan.tiles * kN + kN;
       A* products = product_memory.get<A>((m == 1 ? 1 : positions) * product_position);
@@ -101,7 +93,7 @@ class TilePass {
       args.u = packed, args.u_position = packing.position(chunk);
       args.channels = input.parts.channels.data();
       args.num_parts = static_cast<int64_t>(input.parts.channels.size());
-      args.tiles = plan.tiles, args.products = products;
+      args.tiles = plan.tiles, args.count = tiles.count, args.products = products;
       const auto kernel = kMultiply<A, pairs>[plan.tiles % 24 == 0][chunk - 1];
       if constexpr (m == 1) {
         args.positions = live;
@@ -130,20 +122,37 @@ class TilePass {
       for (int k = 0; k < chunk; ++k)
         output.template write_vector<m>(shape, tiles, run, first + k,
                                         products + k * plan.tiles * kN, product_position);
-      packed += positions * packing.position(chunk);
+      packed += packing.chunk_size(chunk);
       first += chunk;
     }
   }
 
-  /// What the matrix unit multiplies of some pixels: where they are neighbours in a row and taps
-  /// overlap, each pixel of the rows they read once; else each tap's pixels by themselves.
+  /// For the matrix unit neighbours in a row of the map, else neighbours of the walk.
+  Tiles tiles_of(int64_t run) const {
+    if (!plan.amx) return {shape.grid(plan.algorithm), run * plan.tiles, plan.tiles};
+    const int64_t in_row = ceil_div(shape.width, plan.tiles), in_image = in_row * shape.height;
+    const int64_t image = run / in_image, left = run % in_image;
+    const bool low = shape.height <= TileCursor::kLow;
+    const int64_t y = low ? left % shape.height : left / in_row;
+    const int64_t x = (low ? left / shape.height : left % in_row) * plan.tiles;
+    return {{image, y, x}, std::min(plan.tiles, shape.width - x)};
+  }
+  /// What the tiles of direct convolution lie in.
+  Box box_of(const Tiles& tiles, int64_t run) const {
+    if (plan.amx) return {tiles.at[0].y, 1, tiles.at[0].x, tiles.count};
+    return cpu::box_of(shape.grid(plan.algorithm), run * plan.tiles, tiles.count);
+  }
+
+  /// What the matrix unit multiplies of some neighbours in a row: where taps overlap, each pixel of
+  /// the rows they read once; else each tap's pixels by themselves.
   AmxArgs stage_for_amx(const Tiles& tiles, const int* live, int64_t num_live, A* v,
                         int64_t v_position, int64_t* v_offsets) const {
     AmxArgs args;
     if constexpr (kMayPair) {
       const int64_t groups = input.parts.groups(2 * kN);
-      args = {v, v_offsets, plan.tiles * kN, groups, nullptr, 0, live, num_live, plan.tiles};
-      if (tiles.in_a_row() && shape.dilation_w < plan.tiles) {
+      args = {v, v_offsets, plan.tiles * kN, groups,     nullptr,
+              0, live,      num_live,        plan.tiles, tiles.count};
+      if (shape.dilation_w < plan.tiles) {
         const int64_t span = plan.tiles + (shape.kernel_w - 1) * shape.dilation_w;
         const Origin& first = tiles.at[0];
         args.v_group = span * kN;

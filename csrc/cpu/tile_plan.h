@@ -32,6 +32,7 @@ struct PassShape {
   int64_t in_channels = 0, out_channels = 0;
   int64_t kernel_h = 3, kernel_w = 3;
   int64_t dilation_h = 1, dilation_w = 1;
+  int64_t in_tensors = 1;  // that the input channels lie in
 
   TileGrid grid(Algorithm algorithm) const {
     if (algorithm == Algorithm::direct) return {batch, height, width, 1, 1, 1};
@@ -70,6 +71,13 @@ struct PassPlan {
 constexpr int64_t kTiles = 24;      // of a task as a rule
 constexpr int64_t kMostTiles = 64;  // of a task for the matrix unit
 constexpr int64_t kMostTaps = 64;
+constexpr int64_t kAmxTiles = 32;  // the matrix unit multiplies so many at a time
+
+/// Runs of tiles, which are the tasks but for `shares`. For the matrix unit a run lies in a row.
+inline int64_t count_runs(const PassShape& s, const PassPlan& plan) {
+  if (plan.amx) return s.batch * s.height * ceil_div(s.width, plan.tiles);
+  return ceil_div(s.grid(plan.algorithm).count(), plan.tiles);
+}
 
 /// Taps along an axis that a run of `run` outputs needs, on average.
 inline double mean_live_taps(int64_t size, int64_t kernel, int64_t dilation, int64_t run) {
@@ -79,27 +87,30 @@ inline double mean_live_taps(int64_t size, int64_t kernel, int64_t dilation, int
   return static_cast<double>(taps) / static_cast<double>(runs);
 }
 
-/// Modelled cycles of one core: two FMA a cycle, or sixteen by the matrix unit, half of its best,
-/// and what a tile costs to transform, in and out, per vector of channels (from counting loads,
-/// stores and arithmetic).
-inline double pass_cost(const PassShape& s, Algorithm algorithm, Machine machine,
-                        bool pairs = false) {
-  const double tiles = static_cast<double>(s.grid(algorithm).count());
+/// Modelled cycles of one core: two FMA a cycle, four in pairs, or sixteen by the matrix unit, half
+/// of its best, and what a tile costs to transform, in and out, per vector of channels (from
+/// counting loads, stores and arithmetic).
+inline double pass_cost(const PassShape& s, const PassPlan& plan, Machine machine) {
+  const int64_t there = s.grid(plan.algorithm).count();
+  const double tiles =
+      static_cast<double>(plan.amx ? there / s.width * round_up(s.width, kAmxTiles) : there);
   const double in_vectors = static_cast<double>(ceil_div(s.in_channels, machine.lanes));
   const double out_vectors = static_cast<double>(ceil_div(s.out_channels, machine.lanes));
   const double products = static_cast<double>(s.in_channels) * out_vectors;
   double taps = 36, in = 150, out = 120;
-  if (algorithm == Algorithm::winograd2) {
+  if (plan.algorithm == Algorithm::winograd2) {
     taps = 16, in = 45, out = 35;
-  } else if (algorithm == Algorithm::direct) {
+  } else if (plan.algorithm == Algorithm::direct) {
     taps = mean_live_taps(s.height, s.kernel_h, s.dilation_h, 1) *
            mean_live_taps(s.width, s.kernel_w, s.dilation_w, kTiles);
     in = 2.5 * taps, out = 5;
   }
-  double a_cycle = pairs ? 4 : 2;
-  if (pairs && machine.amx)
-    a_cycle = 16 * static_cast<double>(s.in_channels) /
-              static_cast<double>(round_up(s.in_channels, 2 * machine.lanes));
+  double a_cycle = plan.pairs ? 4 : 2;
+  if (plan.amx)  // each tensor's channels in groups of 32
+    a_cycle =
+        16 * static_cast<double>(s.in_channels) /
+        static_cast<double>(round_up(ceil_div(s.in_channels, s.in_tensors), 2 * machine.lanes) *
+                            s.in_tensors);
   return tiles * (taps * products / a_cycle + in * in_vectors + out * out_vectors);
 }
 
@@ -117,28 +128,29 @@ inline double packing_cost(const PassShape& s, Algorithm algorithm, Machine mach
 inline PassPlan plan_pass(const PassShape& s, Precision precision, bool exact, Machine machine) {
   PassPlan plan;
   double best = std::numeric_limits<double>::infinity();
-  auto consider = [&](Algorithm algorithm, bool pairs) {
-    const double cost =
-        pass_cost(s, algorithm, machine, pairs) + packing_cost(s, algorithm, machine) / 4;
+  auto consider = [&](Algorithm algorithm, bool pairs = false, bool amx = false) {
+    const PassPlan candidate{algorithm, pairs, amx};
+    const double cost = pass_cost(s, candidate, machine) + packing_cost(s, algorithm, machine) / 4;
     if (cost >= best) return;
     best = cost;
-    plan.algorithm = algorithm;
-    plan.pairs = pairs;
+    plan = candidate;
   };
-  consider(Algorithm::direct, false);
+  consider(Algorithm::direct);
   if (!exact) {
     const bool transforms = s.kernel_h == 3 && s.kernel_w == 3;
-    if (transforms) consider(Algorithm::winograd2, false);
-    if (transforms && precision >= Precision::high) consider(Algorithm::winograd4, false);
-    if (machine.pairs && precision == Precision::medium) consider(Algorithm::direct, true);
+    if (transforms) consider(Algorithm::winograd2);
+    if (transforms && precision >= Precision::high) consider(Algorithm::winograd4);
+    if (machine.pairs && precision == Precision::medium) {
+      consider(Algorithm::direct, true);
+      if (machine.amx) consider(Algorithm::direct, true, true);
+    }
   }
   // Small maps are cut finer, so that there are tasks to share.
-  const int64_t tiles = s.grid(plan.algorithm).count();
-  plan.amx = plan.pairs && machine.amx;
-  const int64_t most = plan.amx ? kMostTiles : kTiles;
-  plan.tiles = tiles < kWantedTasks * most ? most / 2 : most;
+  const int64_t most = !plan.amx ? kTiles : s.width > kAmxTiles ? kMostTiles : kAmxTiles;
+  const bool small = s.grid(plan.algorithm).count() < kWantedTasks * most;
+  plan.tiles = small && most != kAmxTiles ? most / 2 : most;
   const int64_t most_shares = std::max<int64_t>(1, s.out_channels / (2 * machine.lanes));
-  plan.shares = std::min(most_shares, ceil_div(kWantedTasks, ceil_div(tiles, plan.tiles)));
+  plan.shares = std::min(most_shares, ceil_div(kWantedTasks, count_runs(s, plan)));
   return plan;
 }
 

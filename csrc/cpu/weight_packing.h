@@ -25,12 +25,18 @@ struct WeightPacking {
   /// Numbers in all.
   int64_t size() const {
     int64_t size = 0;
-    for (int64_t v = 0, chunk; v < vectors; v += chunk) {
-      chunk = next_chunk(vectors - v);
-      size += shape.positions(plan.algorithm) * position(chunk);
-    }
+    for (int64_t v = 0; v < vectors; v += chunk_at(v)) size += chunk_size(chunk_at(v));
     return size;
   }
+  /// The vectors that a share of the tasks begins with.
+  int64_t share_begin(int64_t share) const { return vectors * share / plan.shares; }
+  /// Vectors of the chunk that begins with vector v; none reaches into the next share.
+  int chunk_at(int64_t v) const {
+    int64_t share = 1;
+    while (share_begin(share) <= v) ++share;
+    return next_chunk(share_begin(share) - v);
+  }
+  int64_t chunk_size(int chunk) const { return shape.positions(plan.algorithm) * position(chunk); }
   /// From one position of the transformed tile to the next: one vector more than needed, so that
   /// they do not fall on one cache set.
   int64_t position(int64_t chunk) const { return rows() * chunk * kN + kN; }
@@ -80,17 +86,18 @@ struct WeightPacking {
     const int64_t begin = item * kPackedAtOnce;
     const int64_t end = std::min(begin + kPackedAtOnce, rows());
     for (int64_t v = 0; v < vectors;) {
-      const int64_t chunk = next_chunk(vectors - v);
-      for (int64_t k = 0; k < chunk; ++k)
-        each_row<pairs>(begin, end, [&](int64_t row, int64_t channel, int64_t channels) {
+      const int chunk = chunk_at(v);
+      each_row<pairs>(begin, end, [&](int64_t row, int64_t channel, int64_t channels) {
+        for (int64_t k = 0; k < chunk; ++k) {
           const int64_t out = (v + k) * kN - lead;
           A* u = packed + (row * chunk + k) * kN;
           if constexpr (pairs)
             pack_pair<E>(channel, channels, out, position(chunk), u);
           else
             pack_vector<E, m>(channel, out, position(chunk), u);
-        });
-      packed += shape.positions(plan.algorithm) * position(chunk);
+        }
+      });
+      packed += chunk_size(chunk);
       v += chunk;
     }
   }
@@ -116,11 +123,16 @@ struct WeightPacking {
 
   template <class E>
   void pack_pair(int64_t channel, int64_t channels, int64_t out, int64_t position, A* u) const {
-    Vec<A> first[kMostTaps] = {}, second[kMostTaps] = {};
-    if (channels >= 1) load_taps<E, 1>(channel, out, first);
-    if (channels == 2) load_taps<E, 1>(channel + 1, out, second);
-    for (int64_t tap = 0; tap < shape.positions(Algorithm::direct); ++tap)
-      store(u + tap * position, round_to_pairs(first[tap], second[tap]));
+    const int64_t taps = shape.positions(Algorithm::direct);
+    Vec<A> pair[2][kMostTaps];
+    for (int64_t i = 0; i < 2; ++i) {
+      if (i < channels)
+        load_taps<E, 1>(channel + i, out, pair[i]);
+      else
+        std::fill(pair[i], pair[i] + taps, Vec<A>{});
+    }
+    for (int64_t tap = 0; tap < taps; ++tap)
+      store(u + tap * position, round_to_pairs(pair[0][tap], pair[1][tap]));
   }
 
   /// One input channel's weights to the output channels out, out + 1, ...; zeros beyond the ends.
