@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,13 +68,26 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "none"
 
 
+def _commit() -> str:
+    """Of the sources, with "-dirty" where they differ from it; "none" outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return done.stdout.strip()
+
+
 def write_notes(
     stem: Path, summary: Sequence[str], *, under: Mapping[str, str] | None = None, **more: object
 ) -> None:
-    """The JSON file of a run: its conditions (those of now, or `under` earlier ones), when it was
-    written, the summary, and ``more``."""
+    """The JSON file of a run: its conditions (those of now, or `under` earlier ones), the commit,
+    when it was written, the summary, and ``more``."""
     when = time.strftime("%Y-%m-%d %H:%M:%S")
-    notes = {**(under or conditions()), "when": when, "summary": list(summary), **more}
+    notes = {**(under or conditions()), "commit": _commit(), "when": when}
+    notes |= {"summary": list(summary), **more}
     beside(stem, ".json").write_text(json.dumps(notes, indent=2) + "\n")
 
 

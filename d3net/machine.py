@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
+from d3net_kernels import _binary
+
 
 def describe_machine() -> str:
     """The processor, torch's threads, the instruction set of the kernels, torch's version."""
-    isa = torch.ops.d3net_kernels.cpu_isa("")
+    absent = _binary.missing is not None
+    isa = "no compiled kernels" if absent else torch.ops.d3net_kernels.cpu_isa("")
     threads = torch.get_num_threads()
     return f"{processor_name()}, {threads} threads, {isa}, torch {torch.__version__}"
 

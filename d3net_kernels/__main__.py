@@ -1,4 +1,4 @@
-"""What is here (info), whether it computes the right numbers (verify), and how fast (tune)."""
+"""What is here (info), whether it is right (verify), how fast (bench); Triton's sizes (tune)."""
 
 from __future__ import annotations
 
@@ -54,10 +54,13 @@ def info() -> int:
     return 0
 
 
-def verify() -> int:
-    """Compare every available backend with float64; 1 where one is wrong."""
+def verify(seed: int | None = None) -> int:
+    """Compare the convolution of every available backend with float64; 1 where one is wrong."""
     generator = torch.Generator()
-    print(f"random numbers of seed {generator.seed()}")
+    if seed is None:
+        seed = generator.seed()
+    generator.manual_seed(seed)
+    print(f"random numbers of --seed {seed}")
     wrong = 0
     for name in backends.NAMES:
         if backends.why_not(name) is not None:
@@ -136,12 +139,20 @@ def main(arguments: list[str] | None = None) -> int:
         return bench(given[1:])
     parser = argparse.ArgumentParser(prog="python -m d3net_kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parsers = {}
     for command in (info, verify, tune):
-        commands.add_parser(command.__name__, help=command.__doc__).set_defaults(run=command)
+        parsers[command] = commands.add_parser(
+            command.__name__, help=command.__doc__, description=command.__doc__
+        )
+        parsers[command].set_defaults(run=command)
+    parsers[verify].add_argument(
+        "--seed", type=int, help="of the random numbers, as an earlier run printed it"
+    )
     commands.add_parser("bench", help=bench.__doc__)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="d3net_kernels runs on plain torch")
-        return int(parser.parse_args(given).run())
+        options = vars(parser.parse_args(given))
+        return int(options.pop("run")(**options))
 
 
 if __name__ == "__main__":

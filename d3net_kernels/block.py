@@ -26,13 +26,13 @@ def d2_block(
     Takahashi & Mitsufuji, CVPR 2021, eq. 2 and 3: the dilation of source i is 2**i. Batch
     statistics of a source are computed once, when it is made. With the compiled CPU kernels the
     block is one node of the autograd graph that keeps x_0, the features and per-channel vectors,
-    and its result is in channels_last memory order; elsewhere, and where several processes share
-    their statistics, it runs layer by layer.
+    and its result is in channels_last memory order; elsewhere, with less than 8 channels in all its
+    layers, and where several processes share their statistics, it runs layer by layer.
 
     float32 follows torch's switches, `torch.backends.mkldnn.conv.fp32_precision` or else
     `torch.set_float32_matmul_precision`: "highest" (the default) errs no more than plain torch,
-    "high" allows transforms on larger tiles, with two to three times its error, and "medium" also
-    products of numbers rounded to bfloat16, where the CPU has them and few taps are alive. Under
+    "high" allows transforms on larger tiles, with two to five times its error, and "medium" also
+    products of numbers rounded to bfloat16, where the CPU has them and they are faster. Under
     torch.autocast x is cast, and with the compiled CPU kernels the weights only where such products
     are made.
 
@@ -54,8 +54,8 @@ def d2_block(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or sizes do not fit together.
-        RuntimeError: torch.distributed is not initialised, or the reference backend is asked for
-            the statistics of several processes.
+        RuntimeError: a forced backend cannot serve, torch.distributed is not initialised, or the
+            reference backend is asked for the statistics of several processes.
     """
     layers = len(params.convs)
     out_layers = checks.block_options(norm, out_layers, layers)
@@ -82,7 +82,8 @@ def norm_conv2d(
 
     The 1x1 convolutions of D3Net (section 4: bottleneck, compression, transition) without the
     concatenation of what they read and without keeping what they normalise. With the compiled CPU
-    kernels it is one node of the autograd graph, as :func:`d2_block`; elsewhere plain torch.
+    kernels it is one node of the autograd graph, as :func:`d2_block`; elsewhere plain torch, also
+    under `use_backend("cuda")` or "triton", which have no kernel of their own for it.
 
     Args:
         x: (N, C, H, W) of float32, float64, bfloat16 or float16, or a list of tensors whose

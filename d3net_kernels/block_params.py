@@ -17,8 +17,9 @@ Processes: TypeAlias = Union["torch.distributed.ProcessGroup", Literal["world"],
 class ConvParams(NamedTuple):
     """The convolution of one source for all the layers that read it.
 
-    weight (k * (L - i), C_i, 3, 3) and bias (k * (L - i),) or None: one slot of k output channels
-    per layer i+1..L, in this order.
+    weight (k * (L - i), C_i, kh, kw), odd sides, and bias (k * (L - i),) or None: one slot of k
+    output channels per layer i+1..L, in this order. For `norm_conv2d` weight (K, C, kh, kw) and
+    bias (K,).
     """
 
     weight: Tensor
@@ -26,9 +27,11 @@ class ConvParams(NamedTuple):
 
 
 class NormParams(NamedTuple):
-    """One batch normalisation; the running statistics are updated in place from batch statistics.
+    """One batch normalisation of C channels; all vectors are (C,), of x's dtype or float32.
 
-    `momentum` is the share of the new batch: a number, or a tensor of no dimensions.
+    `use_batch_statistics` as in training, or where there are no running ones (None): those are then
+    updated in place, `momentum` being the share of the new batch, a number or a tensor of no
+    dimensions. `eps` is added to the variance.
     """
 
     weight: Tensor
