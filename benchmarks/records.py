@@ -86,7 +86,7 @@ def write_notes(
     """The JSON file of a run: its conditions (those of now, or `under` earlier ones), the commit,
     when it was written, the summary, and ``more``."""
     when = time.strftime("%Y-%m-%d %H:%M:%S")
-    notes = {**(under or conditions()), "commit": _commit(), "when": when}
+    notes: dict[str, object] = {**(under or conditions()), "commit": _commit(), "when": when}
     notes |= {"summary": list(summary), **more}
     beside(stem, ".json").write_text(json.dumps(notes, indent=2) + "\n")
 
