@@ -40,7 +40,7 @@ struct D2Problem {
   bool per_layer = false;  // a norm for each layer's sources together, instead of one per source
   bool relu = true;
   double eps = 1e-5;
-  int precision = 0;           // cpu::Precision
+  int precision = 0;           // Precision
   bool weights_recur = false;  // the next calls are expected to have the same weights
   const Part* parts = nullptr;
   int64_t num_parts = 0;

@@ -12,6 +12,10 @@ namespace d3net {
 
 enum class DType { float32, float64, bfloat16, float16 };
 
+/// What torch's float32 precision switch allows. "high" lets TF32 stand in for float32 in products,
+/// "medium" bfloat16 too.
+enum class Precision : int { highest = 0, high = 1, medium = 2 };
+
 /// A 4-d tensor of any layout; strides count elements.
 struct View {
   void* data = nullptr;
@@ -49,6 +53,7 @@ struct Problem {
   int64_t num_sources = 0;
   Weight weight;
   Psi psi;
+  Precision precision = Precision::highest;
 };
 
 }  // namespace d3net

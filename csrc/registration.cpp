@@ -12,12 +12,13 @@
 namespace d3net {
 namespace {
 
-/// Arguments with psi's coefficients.
+/// Arguments with psi's coefficients. These kernels compute in all bits of float32, whatever the
+/// precision allows.
 class Call : public Arguments {
  public:
   Call(const Tensors& inputs, const Tensor& weight, const Ints& dilations, const MaybeTensor& scale,
-       const MaybeTensor& shift, bool relu)
-      : Arguments(inputs, weight, dilations, scale, shift, relu),
+       const MaybeTensor& shift, bool relu, int64_t precision)
+      : Arguments(inputs, weight, dilations, scale, shift, relu, precision),
         scale_(scale, problem.dtype, problem.in_channels),
         shift_(shift, problem.dtype, problem.in_channels) {
     problem.psi.scale = scale_.data();
@@ -29,8 +30,8 @@ class Call : public Arguments {
 };
 
 Tensor forward(Tensors inputs, Tensor weight, MaybeTensor bias, Ints dilations, MaybeTensor scale,
-               MaybeTensor shift, bool relu) {
-  const Call call(inputs, weight, dilations, scale, shift, relu);
+               MaybeTensor shift, bool relu, int64_t precision) {
+  const Call call(inputs, weight, dilations, scale, shift, relu, precision);
   const Problem& p = call.problem;
   const Coefficients bias_values(bias, p.dtype, p.out_channels);
   Tensor out = new_output(inputs[0], p.batch, p.out_channels, p.height, p.width,
@@ -41,8 +42,9 @@ Tensor forward(Tensors inputs, Tensor weight, MaybeTensor bias, Ints dilations, 
 
 std::tuple<Tensors, Tensor, Tensor> backward_data(Tensor grad_output, Tensors inputs, Tensor weight,
                                                   Ints dilations, MaybeTensor scale,
-                                                  MaybeTensor shift, bool relu, Ints wanted) {
-  const Call call(inputs, weight, dilations, scale, shift, relu);
+                                                  MaybeTensor shift, bool relu, int64_t precision,
+                                                  Ints wanted) {
+  const Call call(inputs, weight, dilations, scale, shift, relu, precision);
   const Problem& p = call.problem;
   call.check_gradient(grad_output);
   STD_TORCH_CHECK(wanted.size() == inputs.size(),
@@ -71,8 +73,8 @@ std::tuple<Tensors, Tensor, Tensor> backward_data(Tensor grad_output, Tensors in
 
 std::tuple<Tensor, Tensor> backward_weight(Tensor grad_output, Tensors inputs, Tensor weight,
                                            Ints dilations, MaybeTensor scale, MaybeTensor shift,
-                                           bool relu) {
-  const Call call(inputs, weight, dilations, scale, shift, relu);
+                                           bool relu, int64_t precision) {
+  const Call call(inputs, weight, dilations, scale, shift, relu, precision);
   const Problem& p = call.problem;
   call.check_gradient(grad_output);
   const Ints size{p.out_channels, p.in_channels, p.kernel_h, p.kernel_w};

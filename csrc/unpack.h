@@ -71,13 +71,15 @@ inline Tensor new_empty_like(const Tensor& t) {
 class Arguments {
  public:
   Arguments(const Tensors& inputs, const Tensor& weight, const Ints& dilations,
-            const MaybeTensor& scale, const MaybeTensor& shift, bool relu)
+            const MaybeTensor& scale, const MaybeTensor& shift, bool relu, int64_t precision)
       : device_(inputs.at(0).device()) {
     const Tensor& first = inputs[0];
     STD_TORCH_CHECK(dilations.size() == 2 * inputs.size(),
                     "multidilated_conv2d: dilations must hold two numbers a source");
     STD_TORCH_CHECK(scale.has_value() == shift.has_value(),
                     "multidilated_conv2d: scale and shift must be given together");
+    STD_TORCH_CHECK(precision >= 0 && precision <= 2,
+                    "multidilated_conv2d: precision must be 0, 1 or 2");
     problem.dtype = dtype_of(first);
     problem.batch = first.size(0);
     problem.height = first.size(2);
@@ -102,6 +104,7 @@ class Arguments {
     problem.num_sources = static_cast<int64_t>(sources_.size());
     problem.weight = weight_of(weight);
     problem.psi.relu = relu;
+    problem.precision = static_cast<Precision>(precision);
   }
   Arguments(const Arguments&) = delete;
   Arguments& operator=(const Arguments&) = delete;

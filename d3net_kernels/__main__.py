@@ -7,6 +7,9 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +27,13 @@ VERIFIED = (
     ([7, 3, 3, 3, 3, 3], 3, (2, 6, 35), 3),
     ([9, 5], 6, (2, 7, 13), 5),
 )
+KINDS = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+KINDS_ON_GPU = KINDS | {"tf32": torch.float32}
 # For every tile of the tensor-core kernels a layer whose gradients take the same one.
 VERIFIED_ON_GPU = tuple(([c, c], c, (2, 18, 72), 3) for c in (8, 16, 24, 32, 40))
 
@@ -65,22 +75,37 @@ def verify(seed: int | None = None) -> int:
     for name in backends.NAMES:
         if backends.why_not(name) is not None:
             continue
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        on_gpu = name in _ON_GPU
+        shapes = (*VERIFIED, *VERIFIED_ON_GPU) if on_gpu else VERIFIED
+        for kind, dtype in KINDS_ON_GPU.items() if on_gpu else KINDS.items():
             start = time.perf_counter()
-            shapes = (*VERIFIED, *VERIFIED_ON_GPU) if name in _ON_GPU else VERIFIED
-            ratio = max(
-                _worst_ratio(name, dtype, generator, *shape, relu)
-                for shape in shapes
-                for relu in ((True, False) if name in _ON_GPU else (True,))
-            )
+            with _tf32_allowed(kind == "tf32"):
+                ratio = max(
+                    _worst_ratio(name, kind, dtype, generator, *shape, relu)
+                    for shape in shapes
+                    for relu in ((True, False) if on_gpu else (True,))
+                )
             seconds = time.perf_counter() - start
             verdict = "ok" if ratio <= 1 else "WRONG"
             wrong += ratio > 1
             print(
-                f"{name:<10} {str(dtype).removeprefix('torch.'):<9} {verdict:<5} "
+                f"{name:<10} {kind:<9} {verdict:<5} "
                 f"error / allowed = {ratio:.3f}  ({seconds:.1f} s)"
             )
     return 1 if wrong else 0
+
+
+@contextmanager
+def _tf32_allowed(allowed: bool) -> Iterator[None]:
+    """Whether convolutions of float32 on GPUs may round to TF32."""
+    cudnn: Any = torch.backends.cudnn
+    convolutions = cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def tune() -> int:
@@ -97,6 +122,7 @@ def tune() -> int:
 
 def _worst_ratio(
     backend: str,
+    kind: str,
     dtype: torch.dtype,
     generator: torch.Generator,
     channels: list[int],
@@ -119,7 +145,7 @@ def _worst_ratio(
         problem = problem.map(Tensor.cuda)
     with backends.use_backend(backend):
         results = numerics.results_of(multidilated_conv2d, problem)
-    return max(numerics.error_ratios(problem, results).values())
+    return max(numerics.error_ratios(problem, results, tf32=kind == "tf32").values())
 
 
 def bench(arguments: list[str]) -> int:

@@ -29,6 +29,7 @@ def _register(op: Any, device: str, dispatch_key: str) -> None:
         scale: Tensor | None,
         shift: Tensor | None,
         relu: bool,
+        precision: int,
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
@@ -40,6 +41,7 @@ def _register(op: Any, device: str, dispatch_key: str) -> None:
                 scale,
                 shift,
                 relu,
+                precision,
             )
         return out
 

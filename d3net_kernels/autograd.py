@@ -33,27 +33,30 @@ _Gradients = tuple[Tensor | None, ...]
 
 
 class _Forward:
-    """multidilated_conv2d(weight, bias, dilations, scale, shift, relu, *inputs)."""
+    """multidilated_conv2d(weight, bias, dilations, scale, shift, relu, precision, *inputs)."""
 
     @staticmethod
     def evaluate(ops: Operators, *flat: Any) -> Tensor:
-        weight, bias, dilations, scale, shift, relu, *inputs = flat
-        out: Tensor = ops.multidilated_conv2d(inputs, weight, bias, dilations, scale, shift, relu)
+        weight, bias, dilations, scale, shift, relu, precision, *inputs = flat
+        out: Tensor = ops.multidilated_conv2d(
+            inputs, weight, bias, dilations, scale, shift, relu, precision
+        )
         return out
 
     @staticmethod
     def keep(ctx: Any, flat: tuple[Any, ...]) -> None:
-        weight, _, ctx.dilations, scale, shift, ctx.relu, *inputs = flat
+        weight, _, ctx.dilations, scale, shift, ctx.relu, ctx.precision, *inputs = flat
         ctx.save_for_backward(weight, scale, shift, *inputs)
 
     @staticmethod
     def gradients(ctx: Any, grad_output: Tensor | None) -> _Gradients:
         ops: Operators = ctx.ops
         weight, scale, shift, *inputs = ctx.saved_tensors
-        want_weight, want_bias, _, want_scale, want_shift, _, *wanted = ctx.needs_input_grad
+        want_weight, want_bias, _, want_scale, want_shift, _, _, *wanted = ctx.needs_input_grad
         if grad_output is None:
             return (None,) * len(ctx.needs_input_grad)
-        arguments = (grad_output, inputs, weight, ctx.dilations, scale, shift, ctx.relu)
+        options = (ctx.dilations, scale, shift, ctx.relu, ctx.precision)
+        arguments = (grad_output, inputs, weight, *options)
         grad_inputs: Sequence[Tensor | None] = [None] * len(inputs)
         grad_weight = grad_bias = grad_scale = grad_shift = None
         if any(wanted) or want_scale or want_shift:
@@ -62,7 +65,8 @@ class _Forward:
             )
         if want_weight or want_bias:
             grad_weight, grad_bias = ops.backward_weight(*arguments)
-        return _only(ctx, grad_weight, grad_bias, None, grad_scale, grad_shift, None, *grad_inputs)
+        of_others = (grad_weight, grad_bias, None, grad_scale, grad_shift, None, None)
+        return _only(ctx, *of_others, *grad_inputs)
 
 
 class _BackwardData:
@@ -70,15 +74,16 @@ class _BackwardData:
 
     @staticmethod
     def evaluate(ops: Operators, *flat: Any) -> tuple[Tensor, ...]:
-        grad_output, weight, dilations, scale, shift, relu, wanted, *inputs = flat
+        grad_output, weight, dilations, scale, shift, relu, precision, wanted, *inputs = flat
         grad_inputs, grad_scale, grad_shift = ops.backward_data(
-            grad_output, inputs, weight, dilations, scale, shift, relu, wanted
+            grad_output, inputs, weight, dilations, scale, shift, relu, precision, wanted
         )
         return (grad_scale, grad_shift, *grad_inputs)
 
     @staticmethod
     def keep(ctx: Any, flat: tuple[Any, ...]) -> None:
-        grad_output, weight, ctx.dilations, scale, shift, ctx.relu, ctx.wanted, *inputs = flat
+        grad_output, weight, ctx.dilations, scale, shift, ctx.relu, *others = flat
+        ctx.precision, ctx.wanted, *inputs = others
         ctx.save_for_backward(grad_output, weight, scale, shift, *inputs)
 
     @staticmethod
@@ -91,7 +96,7 @@ class _BackwardData:
         """
         ops: Operators = ctx.ops
         grad_output, weight, scale, shift, *inputs = ctx.saved_tensors
-        want_grad_output, want_weight, _, want_scale, _, _, _, *wanted = ctx.needs_input_grad
+        want_grad_output, want_weight, _, want_scale, _, _, _, _, *wanted = ctx.needs_input_grad
         slices = _channel_slices(inputs)
         masks: list[Tensor | None] = [None] * len(inputs)  # True where the ReLU cuts off
         tangents = []
@@ -112,7 +117,7 @@ class _BackwardData:
                 masks[i] = cut
             tangents.append(tangent.to(x.dtype))
 
-        plain = (ctx.dilations, None, None, False)
+        plain = (ctx.dilations, None, None, False, ctx.precision)
         grad_grad = grad_weight = grad_scale = None
         grad_inputs: list[Tensor | None] = [None] * len(inputs)
         if want_grad_output:
@@ -136,22 +141,26 @@ class _BackwardData:
                 if to_scale is not None:
                     grad_inputs[i] = (grad_y * to_scale[group, None, None]).to(x.dtype)
             grad_scale = torch.cat(parts)
-        return _only(ctx, grad_grad, grad_weight, None, grad_scale, None, None, None, *grad_inputs)
+        of_others = (grad_grad, grad_weight, None, grad_scale, None, None, None, None)
+        return _only(ctx, *of_others, *grad_inputs)
 
 
 class _BackwardWeight:
-    """multidilated_conv2d_backward_weight(grad_output, weight, ..., relu, *inputs)."""
+    """multidilated_conv2d_backward_weight(grad_output, weight, ..., precision, *inputs)."""
 
     @staticmethod
     def evaluate(ops: Operators, *flat: Any) -> tuple[Tensor, ...]:
-        grad_output, weight, dilations, scale, shift, relu, *inputs = flat
+        grad_output, weight, dilations, scale, shift, relu, precision, *inputs = flat
         return tuple(
-            ops.backward_weight(grad_output, inputs, weight, dilations, scale, shift, relu)
+            ops.backward_weight(
+                grad_output, inputs, weight, dilations, scale, shift, relu, precision
+            )
         )
 
     @staticmethod
     def keep(ctx: Any, flat: tuple[Any, ...]) -> None:
-        grad_output, weight, ctx.dilations, scale, shift, ctx.relu, *inputs = flat
+        grad_output, weight, ctx.dilations, scale, shift, ctx.relu, *others = flat
+        ctx.precision, *inputs = others
         ctx.save_for_backward(grad_output, weight, scale, shift, *inputs)
 
     @staticmethod
@@ -159,19 +168,20 @@ class _BackwardWeight:
         """<correlation(g, y), V> = <g, conv(y, V)>: the operator itself, with V as the weight."""
         ops: Operators = ctx.ops
         grad_output, weight, scale, shift, *inputs = ctx.saved_tensors
-        want_grad_output, _, _, want_scale, want_shift, _, *wanted = ctx.needs_input_grad
-        psi_arguments = (ctx.dilations, scale, shift, ctx.relu)
+        want_grad_output, _, _, want_scale, want_shift, _, _, *wanted = ctx.needs_input_grad
+        options = (ctx.dilations, scale, shift, ctx.relu, ctx.precision)
         grad_inputs: Sequence[Tensor | None] = [None] * len(inputs)
         grad_grad = grad_scale = grad_shift = None
         if to_weight is None:
             to_weight = torch.zeros_like(weight)
         if want_grad_output:
-            grad_grad = ops.multidilated_conv2d(inputs, to_weight, to_bias, *psi_arguments)
+            grad_grad = ops.multidilated_conv2d(inputs, to_weight, to_bias, *options)
         if any(wanted) or want_scale or want_shift:
             grad_inputs, grad_scale, grad_shift = ops.backward_data(
-                grad_output, inputs, to_weight, *psi_arguments, [int(w) for w in wanted]
+                grad_output, inputs, to_weight, *options, [int(w) for w in wanted]
             )
-        return _only(ctx, grad_grad, None, None, grad_scale, grad_shift, None, *grad_inputs)
+        of_others = (grad_grad, None, None, grad_scale, grad_shift, None, None)
+        return _only(ctx, *of_others, *grad_inputs)
 
 
 def _only(ctx: Any, *gradients: Tensor | None) -> _Gradients:

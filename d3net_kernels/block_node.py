@@ -20,24 +20,12 @@ from ._layout import autocast_dtype_for, dtype_for, is_channels_last
 from .autograd import refuse_forward_mode
 from .backends import cpu
 from .block_params import ConvParams, D2Params, Norm, NormParams
+from .precision import allowed_precision
 
-PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 # The node's vectors run along channels. With fewer, block_layers is faster, whose vectors run along
 # the pixels of a row.
 FEWEST_CHANNELS = 8
 MOST_TAPS = 64  # kMostTaps of csrc/cpu/tile_plan.h
-_OF_SWITCH = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
-
-
-def precision() -> int:
-    """What torch allows in place of float32 in convolutions: its CPU switch, or else the global."""
-    switch = getattr(torch.backends.mkldnn, "conv", None)
-    asked = _OF_SWITCH.get(getattr(switch, "fp32_precision", "none"))
-    return PRECISIONS[asked or torch.get_float32_matmul_precision()]
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler for it.
-precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
@@ -125,7 +113,7 @@ def d2_block(
         norm == "per_layer",
         relu,
         out_layers,
-        precision(),
+        allowed_precision("cpu"),
         False,
     )
     result: Tensor = out

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import backends, checks, ops, reference
+from .precision import allowed_precision
 
 
 def multidilated_conv2d(
@@ -44,7 +45,10 @@ def multidilated_conv2d(
 
     inputs, weight and bias share one dtype of float32, float64, bfloat16, float16 (under autocast
     they are made to); scale and shift have that dtype or float32. bfloat16 and float16 accumulate
-    in float32.
+    in float32. On GPUs, float32 is rounded to TF32 for products where torch's own convolutions may
+    (`torch.backends.cudnn.conv.fp32_precision` is "tf32", the default) and tensor cores serve: by
+    the CUDA kernels with 3x3 kernels, outside of the weight's gradient. A backward pass goes by
+    what held in the forward pass.
 
     Raises:
         TypeError: an argument or its dtype is of the wrong kind.
@@ -61,5 +65,8 @@ def multidilated_conv2d(
             sources, weight, bias, dilations=pairs, scale=scale, shift=shift, relu=relu
         )
     operators = ops.TRITON if forced == "triton" else ops.DEFAULT
-    out: Tensor = operators.multidilated_conv2d(sources, weight, bias, flat, scale, shift, relu)
+    precision = allowed_precision(sources[0].device.type)
+    out: Tensor = operators.multidilated_conv2d(
+        sources, weight, bias, flat, scale, shift, relu, precision
+    )
     return out

@@ -17,7 +17,8 @@ from .backends import composite
 
 _NAMESPACE = "d3net_kernels"
 _PROBLEM = "Tensor[] inputs, Tensor weight"
-_PSI = "int[] dilations, Tensor? scale, Tensor? shift, bool relu"
+# precision is what float32 may be rounded to, of precision.py.
+_OPTIONS = "int[] dilations, Tensor? scale, Tensor? shift, bool relu, int precision"
 _BLOCK = (
     "Tensor[] weights, Tensor[] biases, Tensor[] norm_weights, Tensor[] norm_biases,"
     " Tensor[] running_means, Tensor[] running_vars, int[] use_batch, float eps, bool per_layer,"
@@ -44,13 +45,13 @@ class Operators(NamedTuple):
     def define(name: str) -> Operators:
         """Declare them under `name`."""
         return Operators(
-            _define(f"{name}({_PROBLEM}, Tensor? bias, {_PSI}) -> Tensor"),
+            _define(f"{name}({_PROBLEM}, Tensor? bias, {_OPTIONS}) -> Tensor"),
             _define(
-                f"{name}_backward_data(Tensor grad_output, {_PROBLEM}, {_PSI}, int[] wanted)"
+                f"{name}_backward_data(Tensor grad_output, {_PROBLEM}, {_OPTIONS}, int[] wanted)"
                 " -> (Tensor[] grad_inputs, Tensor grad_scale, Tensor grad_shift)"
             ),
             _define(
-                f"{name}_backward_weight(Tensor grad_output, {_PROBLEM}, {_PSI})"
+                f"{name}_backward_weight(Tensor grad_output, {_PROBLEM}, {_OPTIONS})"
                 " -> (Tensor grad_weight, Tensor grad_bias)"
             ),
         )
@@ -103,6 +104,7 @@ def _fake_forward(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
+    precision: int,
 ) -> Tensor:
     n, _, h, w = inputs[0].shape
     return _layout.empty((n, weight.shape[0], h, w), inputs[0])
@@ -116,6 +118,7 @@ def _fake_backward_data(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
+    precision: int,
     wanted: Sequence[int],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     grad_inputs = _layout.empty_gradients(inputs, wanted)
@@ -132,6 +135,7 @@ def _fake_backward_weight(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
+    precision: int,
 ) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 

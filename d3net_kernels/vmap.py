@@ -28,7 +28,7 @@ def _forward(op: Any, info: Any, dims: _Dims, *arguments: Any) -> tuple[Tensor, 
 
 
 def _backward_data(op: Any, info: Any, dims: _Dims, *arguments: Any) -> tuple[Any, Any]:
-    grad_output, inputs, weight, dilations, scale, shift, relu, wanted = arguments
+    grad_output, inputs, weight, dilations, scale, shift, relu, precision, wanted = arguments
     grad_dim, inputs_dims, *other_dims = dims
     if scale is not None or any(dim is not None for dim in other_dims):
         return _loop(op, info, dims, arguments)
@@ -41,6 +41,7 @@ def _backward_data(op: Any, info: Any, dims: _Dims, *arguments: Any) -> tuple[An
         scale,
         shift,
         relu,
+        precision,
         wanted,
     )
     batched = [

@@ -255,17 +255,17 @@ def direct(kernels: Any, problem: Problem) -> dict[str, Tensor]:
     """Results of a module's three kernels themselves: of those that the dispatcher hides here."""
     p = problem.map(lambda t: t)
     dilations = [d for pair in p.dilations for d in pair]
-    psi = (dilations, p.scale, p.shift, p.relu)
+    options = (dilations, p.scale, p.shift, p.relu, 0)
     needed = {name for name, t in p.tensors().items() if t.requires_grad}
     wanted = [int(x.requires_grad) for x in p.inputs]
     with torch.no_grad():
-        results = {"out": kernels.forward(p.inputs, p.weight, p.bias, *psi)}
+        results = {"out": kernels.forward(p.inputs, p.weight, p.bias, *options)}
         if not needed:
             return results
         by_name = dict(
             zip(
                 ("inputs", "scale", "shift"),
-                kernels.backward_data(p.grad_output, p.inputs, p.weight, *psi, wanted),
+                kernels.backward_data(p.grad_output, p.inputs, p.weight, *options, wanted),
                 strict=True,
             )
         )
@@ -273,7 +273,7 @@ def direct(kernels: Any, problem: Problem) -> dict[str, Tensor]:
         by_name |= dict(
             zip(
                 ("weight", "bias"),
-                kernels.backward_weight(p.grad_output, p.inputs, p.weight, *psi),
+                kernels.backward_weight(p.grad_output, p.inputs, p.weight, *options),
                 strict=True,
             )
         )
@@ -303,9 +303,9 @@ if dk.why_not("cuda") is None:
     BACKENDS["cuda"] = _on_gpu("cuda")
 
 
-def assert_right(problem: Problem, results: dict[str, Tensor]) -> None:
+def assert_right(problem: Problem, results: dict[str, Tensor], *, tf32: bool = False) -> None:
     """Every result within the rule of numerics.py, of the right shape and memory layout."""
-    ratios = numerics.error_ratios(problem, results)
+    ratios = numerics.error_ratios(problem, results, tf32=tf32)
     wrong = {name: round(ratio, 3) for name, ratio in ratios.items() if not ratio <= 1}
     assert not wrong, f"error / allowed error is above 1: {wrong}"
     assert set(results) == set(ratios)

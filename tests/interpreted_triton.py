@@ -62,6 +62,7 @@ def test_second_derivatives(generator: torch.Generator) -> None:
             problem.scale,
             problem.shift,
             True,
+            0,
         )
         first = torch.autograd.grad(out, tensors, grad_output, create_graph=True)
         total = sum((g * g.cos()).sum() for g in first)
@@ -81,6 +82,7 @@ def test_opcheck(generator: torch.Generator) -> None:
         problem.scale,
         problem.shift,
         True,
+        0,
     )
     torch.library.opcheck(ops.TRITON.multidilated_conv2d, arguments)
 
@@ -152,10 +154,10 @@ def test_fake_cuda_tensors(generator: torch.Generator) -> None:
         inputs = [torch.empty(2, c, 8, 9, device="cuda:0") for c in (4, 3)]
         inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
         weight = torch.empty(5, 7, 3, 3, device="cuda:0")
-        psi = ([1, 1, 2, 2], None, None, True)
-        out = ops.TRITON.multidilated_conv2d(inputs, weight, None, *psi)
-        (to_x, not_wanted), _, _ = ops.TRITON.backward_data(out, inputs, weight, *psi, [1, 0])
-        to_weight, to_bias = ops.TRITON.backward_weight(out, inputs, weight, *psi)
+        options = ([1, 1, 2, 2], None, None, True, 0)
+        out = ops.TRITON.multidilated_conv2d(inputs, weight, None, *options)
+        (to_x, not_wanted), _, _ = ops.TRITON.backward_data(out, inputs, weight, *options, [1, 0])
+        to_weight, to_bias = ops.TRITON.backward_weight(out, inputs, weight, *options)
     assert (out.shape, out.stride()) == ((2, 5, 8, 9), (360, 1, 45, 5))
     assert (to_x.shape, to_x.stride(), not_wanted.numel()) == (inputs[0].shape, (288, 1, 36, 4), 0)
     assert (to_weight.shape, to_bias.shape) == (weight.shape, (5,))
@@ -193,6 +195,7 @@ def test_moments(layout: str, generator: torch.Generator) -> None:
         problem.scale,
         problem.shift,
         problem.relu,
+        0,
     )
     grid.assert_right(problem, {"out": out})
     truth_variance, truth_mean = torch.var_mean(out.double(), (0, 2, 3), correction=0)
@@ -205,7 +208,7 @@ def test_moments_far_from_zero(generator: torch.Generator) -> None:
     bias = torch.tensor([1000.0])
     x = torch.randn(2, 1, 40, 50, generator=generator)
     weight = torch.ones(1, 1, 1, 1)
-    out, _, variance = launch.forward_with_moments([x], weight, bias, [1, 1], None, None, False)
+    out, _, variance = launch.forward_with_moments([x], weight, bias, [1, 1], None, None, False, 0)
     torch.testing.assert_close(variance, out.var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
 
 

@@ -115,6 +115,7 @@ def test_gradients_not_wanted_are_empty(
         None,
         None,
         True,
+        0,
         list(wanted),
     )
     for grad, x, want in zip(grads, problem.inputs, wanted, strict=True):

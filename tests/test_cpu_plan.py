@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import d3net_kernels as dk
-from d3net_kernels import block_node
+from d3net_kernels.precision import PRECISIONS
 
 pytestmark = pytest.mark.skipif(
     dk.why_not("cpu") is not None, reason=f"no cpu backend: {dk.why_not('cpu')}"
@@ -28,7 +28,7 @@ SHAPES = [  # in, out, height, width, dilation
 def _plan(shape: tuple[int, ...], precision: str = "highest", exact: bool = False) -> str:
     channels, outs, height, width, dilation = shape
     return torch.ops.d3net_kernels.cpu_plan(
-        1, channels, outs, height, width, dilation, block_node.PRECISIONS[precision], exact
+        1, channels, outs, height, width, dilation, PRECISIONS[precision], exact
     )
 
 

@@ -15,7 +15,7 @@ from gpu.cuda_program import CSRC, Program, source_of
 from gpu.toolchain import host_compiler
 from torch import Tensor
 
-from d3net_kernels.__main__ import VERIFIED, VERIFIED_ON_GPU
+from d3net_kernels.__main__ import KINDS_ON_GPU, VERIFIED, VERIFIED_ON_GPU
 
 pytestmark = pytest.mark.skipif(
     shutil.which(host_compiler()) is None, reason=f"no C++ compiler {host_compiler()}"
@@ -44,10 +44,12 @@ class Recorded:
         return {kernel for kernel, *_ in self.launches}
 
 
-def record(case: grid.Case, *, capability: int = 80, multiprocessors: int = 108) -> Recorded:
+def record(
+    case: grid.Case, *, capability: int = 80, multiprocessors: int = 108, tf32: bool = False
+) -> Recorded:
     launches = Recorded()
     problem = case.problem(torch.Generator().manual_seed(0))
-    Program(launches, capability, multiprocessors).results(problem)
+    Program(launches, capability, multiprocessors, tf32=tf32).results(problem)
     return launches
 
 
@@ -85,6 +87,36 @@ def takes_tensor_cores(case: grid.Case, capability: int = 80) -> bool:
 )
 def test_path(case: grid.Case, capability: int, expected: bool) -> None:
     assert takes_tensor_cores(case, capability) is expected
+
+
+FLOAT32 = {
+    "direct_forward_float32",
+    "direct_backward_data_float32",
+    "direct_backward_weight_float32",
+}
+TF32 = {
+    "tensor_forward_relu_2x8_tf32",
+    "tensor_backward_data_3x6_tf32",
+    "direct_backward_weight_float32",
+}
+
+
+@pytest.mark.parametrize(
+    ("tf32", "capability", "arguments", "expected"),
+    [
+        (False, 80, {}, FLOAT32),
+        (True, 80, {}, TF32),
+        (True, 120, {"layout": "channels_last"}, TF32),
+        (True, 75, {}, FLOAT32),
+        (True, 80, {"kernel": (5, 5)}, FLOAT32),
+    ],
+)
+def test_float32_goes_to_tensor_cores_where_torch_allows_tf32(
+    tf32: bool, capability: int, arguments: dict[str, object], expected: set[str]
+) -> None:
+    case = half(**({"dtype": torch.float32, "out_channels": 12} | arguments))
+    kernels = record(case, capability=capability, tf32=tf32).kernels()
+    assert {k for k in kernels if k.startswith(("direct_", "tensor_"))} == expected
 
 
 @pytest.mark.parametrize(
@@ -163,9 +195,9 @@ def _instantiated(kernel: str) -> set[str]:
 def test_verify_runs_every_kernel() -> None:
     """`python -m d3net_kernels verify` on a GPU leaves no kernel out, but for the moments."""
     run = set()
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for kind, dtype in KINDS_ON_GPU.items():
         for channels, out_channels, size, kernel in (*VERIFIED, *VERIFIED_ON_GPU):
             case = grid.Case("", tuple(channels), out_channels, size, (kernel, kernel), dtype=dtype)
             for relu in (True, False):
-                run |= record(replace(case, relu=relu)).kernels()
+                run |= record(replace(case, relu=relu), tf32=kind == "tf32").kernels()
     assert run == listed_kernels() - {"finish_channel_moments"}

@@ -35,10 +35,10 @@ _CASES = [
 def _arguments(op: Any, problem: Problem) -> tuple[Any, ...]:
     """The arguments of one of the three operators."""
     dilations = [d for pair in problem.dilations for d in pair]
-    psi = (dilations, problem.scale, problem.shift, problem.relu)
+    options = (dilations, problem.scale, problem.shift, problem.relu, 0)
     if op is ops.multidilated_conv2d:
-        return (problem.inputs, problem.weight, problem.bias, *psi)
-    arguments = (problem.grad_output, problem.inputs, problem.weight, *psi)
+        return (problem.inputs, problem.weight, problem.bias, *options)
+    arguments = (problem.grad_output, problem.inputs, problem.weight, *options)
     return (*arguments, [1, 0, 1][: len(problem.inputs)]) if op is ops.backward_data else arguments
 
 

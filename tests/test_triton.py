@@ -169,7 +169,7 @@ def test_wide_offsets_of_dense_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(launch, "backward_data_kernel", Kernel())
     scale = x.new_empty(4096)
     for wanted in ([1], [0]):
-        launch.backward_data(grad_output, [x], weight, [1, 1], scale, scale, False, wanted)
+        launch.backward_data(grad_output, [x], weight, [1, 1], scale, scale, False, 0, wanted)
     assert decisions == [True, False]
 
 
@@ -182,18 +182,11 @@ def test_channel_blocks() -> None:
 
 def test_no_tf32_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     """There most GPUs lack it, and Triton refuses to compile."""
-
-    class Tensor:
-        is_cuda, dtype = True, torch.float32
-
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    try:
-        assert launch._precision(Tensor()) == "tf32"  # type: ignore[arg-type]
-        monkeypatch.setattr(torch.version, "hip", "7.0")
-        assert launch._precision(Tensor()) == "ieee"  # type: ignore[arg-type]
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+    assert launch._precision(torch.float32, 1) == "tf32"
+    assert launch._precision(torch.float32, 0) == "ieee"
+    assert launch._precision(torch.bfloat16, 1) == "ieee"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert launch._precision(torch.float32, 1) == "ieee"
 
 
 def test_compiler_asks_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "../multidilated_conv.h"
 #include "plan.h"
 #include "tile_grid.h"
 
@@ -22,9 +23,6 @@ inline const char* name_of(Algorithm algorithm) {
   }
   return "";
 }
-
-/// What torch's float32 precision switch allows: "highest", "high" and "medium".
-enum class Precision : int { highest = 0, high = 1, medium = 2 };
 
 /// The convolution of one source for some of its consumers, or its transpose.
 struct PassShape {

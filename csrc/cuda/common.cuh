@@ -5,6 +5,7 @@
 #include "geometry.h"
 #include "numbers.cuh"
 #include "params.h"
+#include "ptx.cuh"
 
 namespace d3net::cuda {
 
@@ -42,27 +43,30 @@ __device__ inline void pack(const Pack& p) {
 /// One element of the weights a thread; the first ones also write a coefficient of psi.
 __device__ inline void pack_chunks(const PackChunks& p) {
   const int64_t i = thread_index();
-  const int outputs = 8 * p.tiles;
-  const int64_t of_chunk = int64_t{9} * 2 * 8 * outputs;
+  const int outputs = 8 * p.tiles, slot = p.slot_channels;
+  const int64_t of_chunk = int64_t{9} * 2 * slot * outputs;
   if (i >= p.num_chunks * of_chunk) return;
   {
     const Chunk& chunk = p.chunks[i / of_chunk];
     const int local = static_cast<int>(i % of_chunk);
-    const int c = local % 8 + local / 8 / outputs % 2 * 8, k = local / 8 % outputs;
-    const int tap = local / 8 / outputs / 2;
+    const int c = local % slot + local / slot / outputs % 2 * slot, k = local / slot % outputs;
+    const int tap = local / slot / outputs / 2;
     const Weight& w = chunk.weight;
     const bool there = k < chunk.outputs && c < chunk.channels;
-    store_as(p.dtype, p.weights, i,
-             there ? load_as(p.dtype, w.data,
-                             k * w.stride_k + c * w.stride_c + tap / 3 * w.stride_h +
-                                 tap % 3 * w.stride_w)
-                   : 0.0);
+    double value =
+        there
+            ? load_as(p.dtype, w.data,
+                      k * w.stride_k + c * w.stride_c + tap / 3 * w.stride_h + tap % 3 * w.stride_w)
+            : 0.0;
+    if (p.dtype == DType::float32)
+      value = __uint_as_float(ptx::to_tf32<false>(static_cast<float>(value)));
+    store_as(p.dtype, p.weights, i, value);
   }
-  if (i >= p.num_chunks * 32) return;
-  const Chunk& chunk = p.chunks[i / 32];
-  const int local = static_cast<int>(i % 32);
-  const int c = local % 8 + local / 16 * 8;
-  const bool is_shift = local / 8 % 2;
+  if (i >= p.num_chunks * 4 * slot) return;
+  const Chunk& chunk = p.chunks[i / (4 * slot)];
+  const int local = static_cast<int>(i % (4 * slot));
+  const int c = local % slot + local / (2 * slot) * slot;
+  const bool is_shift = local / slot % 2;
   double value = 0;  // channels that are not there must stay zero
   if (c < chunk.channels) {
     const Vector& v = is_shift ? p.shift : p.scale;

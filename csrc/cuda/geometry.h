@@ -2,7 +2,11 @@
 // time to the host that lists their stages.
 //
 // A block computes kRows rows x kColumns columns of some outputs. It walks over stages: each loads
-// some rows of 16 channels of one source to shared memory and multiplies them with some taps.
+// some rows of a chunk of channels of one source to shared memory and multiplies them with some
+// taps.
+//
+// In shared memory lie slots of 16 bytes: 8 channels of a pixel in 16 bits, or 4 in 32 (TF32). A
+// chunk of channels is two slots, the k of one product.
 #pragma once
 
 #include "params.h"
@@ -11,11 +15,13 @@ namespace d3net::cuda {
 
 constexpr int kColumns = 64;     // of a block's tile; 16 a warp
 constexpr int kWarps = 4;        // of a block
-constexpr int kChunk = 16;       // channels of a stage, the k of an m16n8k16 product
 constexpr int kMostTiles = 5;    // of 8 outputs a block
 constexpr int kWidestBand = 16;  // dilations up to here have their three columns in one stage
 constexpr int kPixelsALoad = 4;  // neighbours along W that are loaded at once
-constexpr int kPrefetch = 3;     // loads a thread holds in registers, of 8 channels each
+constexpr int kPrefetch = 3;     // loads a thread holds in registers, of a slot's channels each
+
+constexpr int slot_channels(int element_bytes) { return 16 / element_bytes; }
+constexpr int chunk_channels(int element_bytes) { return 2 * slot_channels(element_bytes); }
 
 /// all: nine taps of a small dilation, so that a row serves three rows of outputs.
 /// row: the three taps of one row of taps. one: a single tap, of a dilation too wide for a band.
@@ -28,9 +34,8 @@ struct Kind {
   int first_row = 0;  // all: first input row, relative to the tile; else first row of outputs
   int rows = 0;       // of input
   int halo = 0;       // columns left and right of the tile
-  // In shared memory, in slots of 16 bytes (8 channels of a pixel): [half of the
-  // chunk][row][column]. The pitches make the transposing stores and ldmatrix free of bank
-  // conflicts (see tensor.cuh).
+  // In shared memory, in slots: [half of the chunk][row][column]. The pitches make the transposing
+  // stores and ldmatrix free of bank conflicts (see tensor.cuh).
   int columns = 0;
   int row_pitch = 0;   // 2 modulo 8
   int half_pitch = 0;  // 1 modulo 8
@@ -88,7 +93,7 @@ constexpr int most_slots(int rows) {
   return most;
 }
 
-/// Slots of one tap's weights: [half of the chunk][outputs], 8 channels each.
+/// Slots of one tap's weights: [half of the chunk][outputs].
 constexpr int tap_slots(int tiles) { return 2 * 8 * tiles; }
 
 /// Dynamic shared memory: two stages with their weights; the epilogue uses it again.
@@ -98,15 +103,15 @@ constexpr int tensor_shared_bytes(int tiles, int rows) {
   return pipeline > epilogue ? pipeline : epilogue;
 }
 
-/// How four neighbouring pixels of a map are loaded. rows: as 8 aligned bytes of a channel. pixels:
-/// one by one, each as 8 aligned bytes of 4 channels. any: element by element.
+/// How four neighbouring pixels of a map are loaded. rows: as one aligned word of four elements of
+/// a channel. pixels: one by one, as such words of 4 channels. any: element by element.
 enum class Access : int32_t { rows, pixels, any };
 
 /// One step of the pipeline.
 struct Stage {
   int32_t kind;
   Access access;
-  int32_t channels;       // up to kChunk
+  int32_t channels;       // up to a chunk
   int32_t row, column;    // where it starts to load, relative to the tile without halo
   int32_t rows, columns;  // what it loads
   int32_t dilation;
@@ -116,7 +121,7 @@ struct Stage {
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
-/// 16 channels of one source for one block of outputs, as the packing kernel sees them.
+/// A chunk of one source for one block of outputs, as the packing kernel sees it.
 struct Chunk {
   Weight weight;    // at the first channel and output; [outputs][channels][3][3]
   int64_t channel;  // in scale and shift; -1 for none
@@ -133,12 +138,13 @@ struct Job {
   int64_t channel;          // first output in bias (forward) or in scale and shift (backward)
 };
 
-/// Packed weights [chunk][tap][half][8 * tiles outputs][8 channels] and coefficients
-/// [chunk][half][scale, shift][8].
+/// Packed weights [chunk][tap][half][8 * tiles outputs][channels of a slot], rounded to TF32 where
+/// they are float32, and coefficients [chunk][half][scale, shift][channels of a slot].
 struct PackChunks {
   const Chunk* chunks;
   int64_t num_chunks;
   int32_t tiles;
+  int32_t slot_channels;
   DType dtype;
   Vector scale, shift;
   void* weights;
@@ -154,7 +160,7 @@ struct TensorConvolve {
   int32_t height, width;
   bool relu;         // backward: of the psi that the gradient passes
   bool by_rows;      // results, and what psi's derivative reads, have Access::rows
-  bool wide_stores;  // results are aligned to 16 bytes
+  bool wide_stores;  // 16-bit results are aligned to 16 bytes
   const void* weights;
   const float* coefficients;
   const float *scale, *shift, *bias;
@@ -162,7 +168,9 @@ struct TensorConvolve {
   int64_t partial_channels;
 };
 
-// The weight gradient: a block walks down the map, kWeightRows rows of the gradient a step.
+// The weight gradient, of 16-bit maps only: a block walks down the map, kWeightRows rows of the
+// gradient a step.
+constexpr int kWeightChunk = chunk_channels(2);
 constexpr int kWeightRows = 2;
 constexpr int kWeightWarps = 3 * kWeightRows;  // one for each row of taps and row of a step
 constexpr int kWeightThreads = 32 * kWeightWarps;
@@ -178,7 +186,8 @@ constexpr int kGradientPitch = kWeightRows * kColumns * 2 + 16;
 /// Dynamic shared memory: the source's rows, two steps of the gradient.
 constexpr int weight_shared_bytes() {
   constexpr int pipeline = 2 * 16 * kRingHalf + 2 * 8 * kMostTiles * kGradientPitch;
-  static_assert(pipeline >= 8 * kMostTiles * (9 * kChunk + 1) * 4, "the sums pass it at the end");
+  static_assert(pipeline >= 8 * kMostTiles * (9 * kWeightChunk + 1) * 4,
+                "the sums pass it at the end");
   return pipeline;
 }
 
@@ -192,7 +201,7 @@ struct WeightJob {
   int64_t stride_n, stride_c, stride_h, stride_w;
   Access access;
   int64_t first_column;  // of the result: the first channel's first tap
-  int32_t channels;      // up to kChunk
+  int32_t channels;      // up to kWeightChunk
   int32_t chunk;         // for psi's coefficients
   int32_t taps;          // of a row: 3, or 1 of a dilation too wide for a band
   int32_t dilation;      // of the columns; 0 for a single tap

@@ -10,6 +10,7 @@ namespace d3net::cuda {
 
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
+using tf32 = float;  // in the names of kernels whose products round float32 to TF32
 
 template <class T>
 struct AccumulatorOf {

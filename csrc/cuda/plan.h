@@ -68,10 +68,12 @@ inline int64_t direct_gradient_parts(const Problem& p, const Arch& arch) {
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, rows * p.width / fewest_pixels));
 }
 
-/// Why the tensor-core kernels do not take a problem; null where they do.
+/// Why the tensor-core convolutions do not take a problem; null where they do.
 inline const char* tensor_refuses(const Problem& p, const Arch& arch) {
-  if (arch.capability < 80) return "the GPU has no mma.sync for 16-bit floats with ldmatrix";
-  if (p.dtype != DType::bfloat16 && p.dtype != DType::float16) return "the dtype has 32 or 64 bits";
+  if (arch.capability < 80) return "the GPU has no mma.sync for bfloat16 and TF32";
+  if (p.dtype == DType::float64) return "the dtype has 64 bits";
+  if (p.dtype == DType::float32 && p.precision == Precision::highest)
+    return "torch allows no TF32 in place of float32";
   if (p.kernel_h != 3 || p.kernel_w != 3) return "the kernel is not 3x3";
   constexpr int64_t kMost = 1 << 28;  // rows and columns are int
   if (p.height > kMost || p.width > kMost) return "the map is too large";
@@ -82,10 +84,16 @@ inline const char* tensor_refuses(const Problem& p, const Arch& arch) {
   return nullptr;
 }
 
-/// The widest access to a 16-bit map of so many channels and columns.
-inline Access access_of(const View& v, int64_t channels, int64_t width) {
+/// The same of the tensor-core weight gradient.
+inline const char* tensor_weight_refuses(const Problem& p, const Arch& arch) {
+  if (p.dtype == DType::float32) return "ldmatrix transposes 16-bit elements only";
+  return tensor_refuses(p, arch);
+}
+
+/// The widest access to a map of so many channels and columns.
+inline Access access_of(const View& v, int64_t channels, int64_t width, int64_t element_bytes) {
   auto fits = [](int64_t elements) { return elements % kPixelsALoad == 0; };
-  if (reinterpret_cast<uintptr_t>(v.data) % (2 * kPixelsALoad) || !fits(v.stride_n) ||
+  if (reinterpret_cast<uintptr_t>(v.data) % (element_bytes * kPixelsALoad) || !fits(v.stride_n) ||
       !fits(v.stride_h))
     return Access::any;
   if (v.stride_w == 1 && fits(v.stride_c) && fits(width)) return Access::rows;

@@ -18,9 +18,14 @@ const char* suffix_of(DType dtype) {
   return "";
 }
 
+/// Of the tensor-core kernels.
+std::string tensor_suffix_of(DType dtype) {
+  return dtype == DType::float32 ? "_tf32" : suffix_of(dtype);
+}
+
 bool is_double(DType dtype) { return dtype == DType::float64; }
 int64_t accumulator_bytes(DType dtype) { return is_double(dtype) ? 8 : 4; }
-int64_t element_bytes(DType dtype) {
+int element_bytes(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
@@ -105,10 +110,24 @@ class DirectConvolutions {
   int64_t tiles_ = 0, packed_ = 0;
 };
 
-/// The same for the tensor-core kernels: every convolution in jobs of up to 8 * tile.tiles outputs.
+/// Fills in what is left of `pack`, the memory it writes among it, and launches it.
+void pack_weight_chunks(Device& device, PackChunks& pack, DType dtype, const Coefficients& c) {
+  const int bytes = element_bytes(dtype);
+  pack.slot_channels = slot_channels(bytes);
+  pack.dtype = dtype;
+  pack.scale = c.scale, pack.shift = c.shift;
+  const int64_t size = pack.num_chunks * 9 * tap_slots(pack.tiles) * pack.slot_channels;
+  const int64_t coefficients = pack.num_chunks * 4 * pack.slot_channels;
+  pack.weights = device.allocate(size * bytes);
+  pack.coefficients = static_cast<float*>(device.allocate(coefficients * 4));
+  launch(device, "pack_weight_chunks", divide_up(size, kThreads), kThreads, pack);
+}
+
+/// Those of one launch of a tensor-core kernel: every one in jobs of up to 8 * tile.tiles outputs.
 class TensorConvolutions {
  public:
-  TensorConvolutions(const Problem& p, TensorTile tile) : p_(p), tile_(tile) {}
+  TensorConvolutions(const Problem& p, TensorTile tile)
+      : p_(p), bytes_(element_bytes(p.dtype)), tile_(tile) {}
 
   /// `psi`: whether the sources pass through it; `channel`: of the convolution's first output.
   void append(const Convolution& c, const Source* sources, bool psi, int64_t partial_channel) {
@@ -123,7 +142,7 @@ class TensorConvolutions {
       job.channel = c.channel + first;
       int64_t channel = 0;
       for (int64_t i = 0; i < c.num_sources; ++i) {
-        for (int64_t in = 0; in < sources[i].channels; in += kChunk)
+        for (int64_t in = 0; in < sources[i].channels; in += chunk_channels(bytes_))
           append_chunk(c, sources[i], first, outputs, channel, in, psi);
         channel += sources[i].channels;
       }
@@ -144,12 +163,7 @@ class TensorConvolutions {
     tables.upload(device);
     pack.num_chunks = static_cast<int64_t>(chunks_.size());
     pack.tiles = tile_.tiles;
-    pack.dtype = p_.dtype;
-    pack.scale = c.scale, pack.shift = c.shift;
-    const int64_t size = pack.num_chunks * 9 * tap_slots(tile_.tiles) * 8;
-    pack.weights = device.allocate(size * 2);
-    pack.coefficients = static_cast<float*>(device.allocate(pack.num_chunks * 32 * 4));
-    launch(device, "pack_weight_chunks", divide_up(size, kThreads), kThreads, pack);
+    pack_weight_chunks(device, pack, p_.dtype, c);
     params.num_jobs = static_cast<int32_t>(jobs_.size());
     params.tiles_h = static_cast<int32_t>(divide_up(p_.height, tile_.rows));
     params.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
@@ -157,7 +171,7 @@ class TensorConvolutions {
     params.width = static_cast<int32_t>(p_.width);
     params.weights = pack.weights, params.coefficients = pack.coefficients;
     auto by_rows = [&](const View& v) {
-      return !v.data || access_of(v, 0, p_.width) == Access::rows;
+      return !v.data || access_of(v, 0, p_.width, bytes_) == Access::rows;
     };
     params.by_rows = true, params.wide_stores = p_.width % 8 == 0;
     for (const Job& job : jobs_) {
@@ -165,50 +179,51 @@ class TensorConvolutions {
       params.wide_stores &= aligned_to_16_bytes(job.out);
     }
     kernel += "_" + std::to_string(tile_.tiles) + "x" + std::to_string(tile_.rows);
-    launch(device, kernel + suffix_of(p_.dtype), blocks_of_map() * params.num_jobs, 32 * kWarps,
-           params, tensor_shared_bytes(tile_.tiles, tile_.rows));
+    launch(device, kernel + tensor_suffix_of(p_.dtype), blocks_of_map() * params.num_jobs,
+           32 * kWarps, params, tensor_shared_bytes(tile_.tiles, tile_.rows));
   }
 
  private:
   View from_channel(View v, int64_t channel) const {
-    if (v.data) v.data = static_cast<char*>(v.data) + 2 * channel * v.stride_c;
+    if (v.data) v.data = static_cast<char*>(v.data) + bytes_ * channel * v.stride_c;
     return v;
   }
   void append_chunk(const Convolution& c, const Source& source, int64_t output, int64_t outputs,
                     int64_t first_of_source, int64_t in, bool psi) {
-    const int64_t channels = std::min<int64_t>(kChunk, source.channels - in);
+    const int64_t channels = std::min<int64_t>(chunk_channels(bytes_), source.channels - in);
     Chunk chunk{c.weight, psi ? first_of_source + in : -1, static_cast<int32_t>(channels),
                 static_cast<int32_t>(outputs)};
     chunk.weight.data =
         static_cast<const char*>(c.weight.data) +
-        2 * (output * c.weight.stride_k + (first_of_source + in) * c.weight.stride_c);
+        bytes_ * (output * c.weight.stride_k + (first_of_source + in) * c.weight.stride_c);
     Stage stage{};
     stage.channels = static_cast<int32_t>(channels);
     stage.chunk = static_cast<int32_t>(chunks_.size());
     stage.data = from_channel(source.x, in).data;
     stage.stride_n = source.x.stride_n, stage.stride_c = source.x.stride_c;
     stage.stride_h = source.x.stride_h, stage.stride_w = source.x.stride_w;
-    stage.access = access_of(source.x, source.channels, p_.width);
+    stage.access = access_of(source.x, source.channels, p_.width, bytes_);
     append_stages(stages_, stage, source.dilation_h, source.dilation_w, tile_, p_);
     chunks_.push_back(chunk);
   }
 
   const Problem& p_;
+  int bytes_;  // of an element
   TensorTile tile_;
   std::vector<Stage> stages_;
   std::vector<Job> jobs_;
   std::vector<Chunk> chunks_;
 };
 
-/// The weight gradient on tensor cores: a job for every chunk of channels, column of taps where the
-/// dilation is wide, and block of outputs.
+/// The weight gradient of 16-bit maps on tensor cores: a job for every chunk of channels, column of
+/// taps where the dilation is wide, and block of outputs.
 class TensorWeightJobs {
  public:
   explicit TensorWeightJobs(const Problem& p) : p_(p) {
     int64_t channel = 0;
     for (int64_t i = 0; i < p.num_sources; ++i) {
       const Source& source = p.sources[i];
-      for (int64_t in = 0; in < source.channels; in += kChunk)
+      for (int64_t in = 0; in < source.channels; in += kWeightChunk)
         append_chunk(source, channel + in, in);
       channel += source.channels;
     }
@@ -224,20 +239,15 @@ class TensorWeightJobs {
     tables.upload(device);
     pack.num_chunks = static_cast<int64_t>(chunks_.size());
     pack.tiles = 1;  // the coefficients only are of use, their weights are few
-    pack.dtype = p_.dtype;
-    pack.scale = c.scale, pack.shift = c.shift;
-    const int64_t size = pack.num_chunks * 9 * tap_slots(1) * 8;
-    pack.weights = device.allocate(size * 2);
-    pack.coefficients = static_cast<float*>(device.allocate(pack.num_chunks * 32 * 4));
-    launch(device, "pack_weight_chunks", divide_up(size, kThreads), kThreads, pack);
+    pack_weight_chunks(device, pack, p_.dtype, c);
     params.coefficients = pack.coefficients;
     params.batch = static_cast<int32_t>(p_.batch);
     params.height = static_cast<int32_t>(p_.height);
     params.width = static_cast<int32_t>(p_.width);
     params.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
     params.gradient = gradient;
-    params.access =
-        access_of(gradient, p_.out_channels, p_.width) == Access::rows ? Access::rows : Access::any;
+    const bool by_rows = access_of(gradient, p_.out_channels, p_.width, 2) == Access::rows;
+    params.access = by_rows ? Access::rows : Access::any;
     params.wide_loads = p_.width % 8 == 0 && aligned_to_16_bytes(gradient);
     params.num_jobs = static_cast<int32_t>(jobs_.size());
     *parts = tensor_gradient_parts(params.num_jobs,
@@ -257,13 +267,13 @@ class TensorWeightJobs {
  private:
   void append_chunk(const Source& source, int64_t channel, int64_t in) {
     WeightJob job{};
-    job.channels = static_cast<int32_t>(std::min<int64_t>(kChunk, source.channels - in));
+    job.channels = static_cast<int32_t>(std::min<int64_t>(kWeightChunk, source.channels - in));
     job.chunk = static_cast<int32_t>(chunks_.size());
     chunks_.push_back({p_.weight, channel, job.channels, 0});
     job.data = static_cast<const char*>(source.x.data) + 2 * in * source.x.stride_c;
     job.stride_n = source.x.stride_n, job.stride_c = source.x.stride_c;
     job.stride_h = source.x.stride_h, job.stride_w = source.x.stride_w;
-    const Access access = access_of(source.x, source.channels, p_.width);
+    const Access access = access_of(source.x, source.channels, p_.width, 2);
     set_walks(job, source.dilation_h, p_.height);
     const bool horizontal = source.dilation_w < p_.width;
     const bool band = horizontal && source.dilation_w <= kWidestBand;
@@ -408,7 +418,7 @@ void backward_weight(Device& device, Problem p, const Coefficients& coefficients
   const int64_t taps = p.kernel_h * p.kernel_w, columns = p.in_channels * taps + 1;
   int64_t parts = 0;
   const void* partial =
-      tensor_refuses(p, device.arch())
+      tensor_weight_refuses(p, device.arch())
           ? direct_backward_weight(device, p, coefficients, gradient, columns, &parts)
           : TensorWeightJobs(p).run(device, coefficients, gradient, &parts);
   launch(device, "finish_sums", divide_up(p.out_channels * columns, kFinishColumns),

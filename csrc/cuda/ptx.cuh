@@ -12,12 +12,20 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-/// d (16x8, float) += a (16x16) * b (16x8). PTX ISA, "Matrix Fragments for mma.m16n8k16".
+/// d (16x8, float) += a * b over a chunk of channels: 16 of 16 bits, or 8 of float32, of which TF32
+/// counts. PTX ISA, "Matrix Fragments for mma.m16n8k16" and "for mma.m16n8k8": in words of 32 bits
+/// they are the same.
 template <class T>
-__device__ inline void mma_k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (__is_same(T, bfloat16))
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else if constexpr (sizeof(T) == 4)
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -29,12 +37,18 @@ __device__ inline void mma_k16(float (&d)[4], const uint32_t (&a)[4], const uint
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/// The same over 8 channels: the first two registers of a, the first of b.
+/// The same over half a chunk: the first two registers of a, the first of b.
 template <class T>
-__device__ inline void mma_k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (__is_same(T, bfloat16))
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  else if constexpr (sizeof(T) == 4)
+    asm volatile(
+        "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 "
         "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(b[0]));
@@ -46,7 +60,7 @@ __device__ inline void mma_k8(float (&d)[4], const uint32_t (&a)[4], const uint3
         : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
 
-/// Four 8x8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
+/// Four 8x8 matrices of 16-bit elements, or 8x4 of 32 bits; lane l names row l % 8 of matrix l / 8.
 __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -54,7 +68,7 @@ __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
                : "memory");
 }
 
-/// The same, each matrix transposed.
+/// The same of 16-bit elements, each matrix transposed.
 __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -104,6 +118,19 @@ __device__ inline uint32_t pack_two(float low, float high) {
       asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   }
   return r;
+}
+
+/// The nearest number of TF32, as a float; kRelu: negatives become 0, NaN stays.
+template <bool kRelu>
+__device__ inline uint32_t to_tf32(float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return __float_as_uint(v);  // tensor_refuses in plan.h keeps TF32 from older GPUs
+#else
+  if constexpr (kRelu) asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(v) : "f"(v));
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+#endif
 }
 
 __device__ inline void copy_async_16(uint32_t to, const void* from) {

@@ -25,8 +25,8 @@ Coefficients coefficients_of(const Problem& p, const Tensor& like, const MaybeTe
 }
 
 Tensor forward_op(Tensors inputs, Tensor weight, MaybeTensor bias, Ints dilations,
-                  MaybeTensor scale, MaybeTensor shift, bool relu) {
-  const Arguments call(inputs, weight, dilations, scale, shift, relu);
+                  MaybeTensor scale, MaybeTensor shift, bool relu, int64_t precision) {
+  const Arguments call(inputs, weight, dilations, scale, shift, relu, precision);
   const Problem& p = call.problem;
   const Coefficients coefficients = coefficients_of(p, inputs[0], scale, shift, bias);
   Gpu gpu(inputs[0]);
@@ -39,8 +39,8 @@ Tensor forward_op(Tensors inputs, Tensor weight, MaybeTensor bias, Ints dilation
 std::tuple<Tensors, Tensor, Tensor> backward_data_op(Tensor grad_output, Tensors inputs,
                                                      Tensor weight, Ints dilations,
                                                      MaybeTensor scale, MaybeTensor shift,
-                                                     bool relu, Ints wanted) {
-  const Arguments call(inputs, weight, dilations, scale, shift, relu);
+                                                     bool relu, int64_t precision, Ints wanted) {
+  const Arguments call(inputs, weight, dilations, scale, shift, relu, precision);
   const Problem& p = call.problem;
   call.check_gradient(grad_output);
   STD_TORCH_CHECK(wanted.size() == inputs.size(),
@@ -70,8 +70,8 @@ std::tuple<Tensors, Tensor, Tensor> backward_data_op(Tensor grad_output, Tensors
 
 std::tuple<Tensor, Tensor> backward_weight_op(Tensor grad_output, Tensors inputs, Tensor weight,
                                               Ints dilations, MaybeTensor scale, MaybeTensor shift,
-                                              bool relu) {
-  const Arguments call(inputs, weight, dilations, scale, shift, relu);
+                                              bool relu, int64_t precision) {
+  const Arguments call(inputs, weight, dilations, scale, shift, relu, precision);
   const Problem& p = call.problem;
   call.check_gradient(grad_output);
   const Coefficients coefficients = coefficients_of(p, inputs[0], scale, shift, std::nullopt);

@@ -1,6 +1,8 @@
-// How pixels of 16-bit maps come to shared memory: loaded to registers from any layout, through
-// psi, and stored transposed as slots of 8 channels.
+// How pixels come to shared memory: loaded to registers from any layout, through psi, and stored
+// transposed as slots of 8 channels of 16 bits, or of 4 of float32, rounded to TF32.
 #pragma once
+
+#include <type_traits>
 
 #include "geometry.h"
 #include "ptx.cuh"
@@ -10,84 +12,114 @@ namespace d3net::cuda::tensor {
 /// What the staged pixels pass through.
 enum class Prologue { none, affine, affine_relu };
 
+/// Elements of 16 bytes: channels of a slot.
+template <class T>
+constexpr int kSlot = slot_channels(sizeof(T));
+
+/// Four neighbouring elements as they are loaded.
+template <class T>
+using Four = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
+
 /// psi's coefficients of half a chunk.
+template <class T>
 struct HalfPsi {
-  float scale[8], shift[8];
+  float scale[kSlot<T>], shift[kSlot<T>];
 
   __device__ void load(const float* coefficients, int chunk, int half) {
-    const float4* from = reinterpret_cast<const float4*>(coefficients + (chunk * 2 + half) * 16);
+    constexpr int fours = kSlot<T> / 4;
+    const float4* from =
+        reinterpret_cast<const float4*>(coefficients) + (chunk * 2 + half) * 2 * fours;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float4 a = __ldg(from + i), b = __ldg(from + 2 + i);
+    for (int i = 0; i < fours; ++i) {
+      const float4 a = __ldg(from + i), b = __ldg(from + fours + i);
       scale[4 * i] = a.x, scale[4 * i + 1] = a.y, scale[4 * i + 2] = a.z, scale[4 * i + 3] = a.w;
       shift[4 * i] = b.x, shift[4 * i + 1] = b.y, shift[4 * i + 2] = b.z, shift[4 * i + 3] = b.w;
     }
   }
 };
 
-/// Pixel i of four neighbours.
+/// Number i of four neighbours.
 template <class T>
-__device__ inline float element(const uint2& four, int i) {
-  const uint32_t two = i < 2 ? four.x : four.y;
-  if constexpr (__is_same(T, bfloat16))
-    return __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
-  else
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(i % 2 ? two >> 16 : two)));
+__device__ inline float element(const Four<T>& four, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w);
+  } else {
+    const uint32_t two = i < 2 ? four.x : four.y;
+    if constexpr (__is_same(T, bfloat16))
+      return __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
+    else
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(i % 2 ? two >> 16 : two)));
+  }
 }
 
 /// Four neighbours one by one; zeros where `inside` has no bit.
 template <class T>
-__device__ inline uint2 four_elements(const T* from, int64_t stride_w, uint32_t inside) {
-  const unsigned short* bits = reinterpret_cast<const unsigned short*>(from);
+__device__ inline Four<T> four_elements(const T* from, int64_t stride_w, uint32_t inside) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, unsigned short>;
+  const Bits* bits = reinterpret_cast<const Bits*>(from);
   uint32_t pixel[kPixelsALoad];
 #pragma unroll
   for (int i = 0; i < kPixelsALoad; ++i)
     pixel[i] = inside >> i & 1 ? __ldg(bits + i * stride_w) : 0u;
-  return {pixel[0] | pixel[1] << 16, pixel[2] | pixel[3] << 16};
+  if constexpr (sizeof(T) == 4)
+    return {pixel[0], pixel[1], pixel[2], pixel[3]};
+  else
+    return {pixel[0] | pixel[1] << 16, pixel[2] | pixel[3] << 16};
 }
 
-/// Four neighbours of up to 8 channels as they lie in a map with that access: by rows, raw[c] are
-/// those of channel c; by pixels, raw[2 * i] and the next one are the channels of pixel i. Zeros
-/// for channels that are not there, and, but by rows, for pixels that `inside` has no bit for.
+/// Four neighbours of the channels of a slot as they lie in a map with that access: by rows, raw[c]
+/// are those of channel c; by pixels, first come the channels of pixel 0. Zeros for channels that
+/// are not there, and, but by rows, for pixels that `inside` has no bit for.
 template <class T>
-__device__ inline void load_rows(uint2 (&raw)[8], const T* from, int64_t stride_c, int channels) {
+__device__ inline void load_rows(Four<T> (&raw)[kSlot<T>], const T* from, int64_t stride_c,
+                                 int channels) {
 #pragma unroll
-  for (int c = 0; c < 8; ++c, from += stride_c)
-    raw[c] = c < channels ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{0, 0};
+  for (int c = 0; c < kSlot<T>; ++c, from += stride_c)
+    raw[c] = c < channels ? __ldg(reinterpret_cast<const Four<T>*>(from)) : Four<T>{};
 }
 template <class T>
-__device__ inline void load_elements(uint2 (&raw)[8], const T* from, Access access,
+__device__ inline void load_elements(Four<T> (&raw)[kSlot<T>], const T* from, Access access,
                                      int64_t stride_c, int64_t stride_w, int channels,
                                      uint32_t inside) {
   if (access == Access::pixels) {
+    constexpr int fours = kSlot<T> / 4;  // of a pixel
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      raw[i] = (inside >> i / 2 & 1) && i % 2 * 4 < channels
-                   ? __ldg(reinterpret_cast<const uint2*>(from + i / 2 * stride_w + i % 2 * 4))
-                   : uint2{0, 0};
+    for (int i = 0; i < kSlot<T>; ++i)
+      raw[i] =
+          (inside >> i / fours & 1) && i % fours * 4 < channels
+              ? __ldg(reinterpret_cast<const Four<T>*>(from + i / fours * stride_w + i % fours * 4))
+              : Four<T>{};
     return;
   }
 #pragma unroll
-  for (int c = 0; c < 8; ++c, from += stride_c)
+  for (int c = 0; c < kSlot<T>; ++c, from += stride_c)
     raw[c] = four_elements(from, stride_w, c < channels ? inside : 0u);
 }
 
 /// Pixels as load_elements leaves them by pixels, to how it leaves them by rows.
-__device__ inline void pixels_to_rows(uint2 (&raw)[8]) {
-  uint2 rows[8];
+template <class T>
+__device__ inline void pixels_to_rows(Four<T> (&raw)[kSlot<T>]) {
+  Four<T> rows[kSlot<T>];
+  if constexpr (sizeof(T) == 4) {
+    rows[0] = {raw[0].x, raw[1].x, raw[2].x, raw[3].x};
+    rows[1] = {raw[0].y, raw[1].y, raw[2].y, raw[3].y};
+    rows[2] = {raw[0].z, raw[1].z, raw[2].z, raw[3].z};
+    rows[3] = {raw[0].w, raw[1].w, raw[2].w, raw[3].w};
+  } else {
 #pragma unroll
-  for (int c = 0; c < 8; c += 2) {
-    auto two_channels = [&](int pixel) {
-      const uint2& four = raw[2 * pixel + c / 4];
-      return c % 4 ? four.y : four.x;
-    };
-    rows[c] = {ptx::low_halves(two_channels(0), two_channels(1)),
-               ptx::low_halves(two_channels(2), two_channels(3))};
-    rows[c + 1] = {ptx::high_halves(two_channels(0), two_channels(1)),
-                   ptx::high_halves(two_channels(2), two_channels(3))};
+    for (int c = 0; c < 8; c += 2) {
+      auto two_channels = [&](int pixel) {
+        const uint2& four = raw[2 * pixel + c / 4];
+        return c % 4 ? four.y : four.x;
+      };
+      rows[c] = {ptx::low_halves(two_channels(0), two_channels(1)),
+                 ptx::low_halves(two_channels(2), two_channels(3))};
+      rows[c + 1] = {ptx::high_halves(two_channels(0), two_channels(1)),
+                     ptx::high_halves(two_channels(2), two_channels(3))};
+    }
   }
 #pragma unroll
-  for (int c = 0; c < 8; ++c) raw[c] = rows[c];
+  for (int c = 0; c < kSlot<T>; ++c) raw[c] = rows[c];
 }
 
 constexpr uint32_t kAllInside = (1u << kPixelsALoad) - 1;
@@ -105,22 +137,29 @@ __device__ inline uint32_t pixels_inside(int w, int width) {
   return bits;
 }
 
-/// psi of four neighbours of 8 channels to their slots: transposed.
+/// psi of four neighbours of a slot's channels to their slots: transposed.
 template <class T, Prologue kPrologue>
-__device__ inline void store_pixels(uint32_t to, const uint2 (&raw)[8], const HalfPsi& psi) {
+__device__ inline void store_pixels(uint32_t to, const Four<T> (&raw)[kSlot<T>],
+                                    const HalfPsi<T>& psi) {
+  constexpr bool relu = kPrologue == Prologue::affine_relu;
 #pragma unroll
   for (int pixel = 0; pixel < kPixelsALoad; ++pixel) {
+    auto psi_of = [&](int c) {
+      return fmaf(element<T>(raw[c], pixel), psi.scale[c], psi.shift[c]);
+    };
     uint32_t slot[4];
 #pragma unroll
-    for (int c = 0; c < 8; c += 2) {
-      if constexpr (kPrologue == Prologue::none) {
-        const uint32_t low = pixel < 2 ? raw[c].x : raw[c].y;
-        const uint32_t high = pixel < 2 ? raw[c + 1].x : raw[c + 1].y;
-        slot[c / 2] = pixel % 2 ? ptx::high_halves(low, high) : ptx::low_halves(low, high);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4 && kPrologue == Prologue::none) {
+        slot[i] = ptx::to_tf32<false>(element<T>(raw[i], pixel));
+      } else if constexpr (sizeof(T) == 4) {
+        slot[i] = ptx::to_tf32<relu>(psi_of(i));
+      } else if constexpr (kPrologue == Prologue::none) {
+        const uint32_t low = pixel < 2 ? raw[2 * i].x : raw[2 * i].y;
+        const uint32_t high = pixel < 2 ? raw[2 * i + 1].x : raw[2 * i + 1].y;
+        slot[i] = pixel % 2 ? ptx::high_halves(low, high) : ptx::low_halves(low, high);
       } else {
-        slot[c / 2] = ptx::pack_two<T, kPrologue == Prologue::affine_relu>(
-            fmaf(element<T>(raw[c], pixel), psi.scale[c], psi.shift[c]),
-            fmaf(element<T>(raw[c + 1], pixel), psi.scale[c + 1], psi.shift[c + 1]));
+        slot[i] = ptx::pack_two<T, relu>(psi_of(2 * i), psi_of(2 * i + 1));
       }
     }
     ptx::store_16_bytes(to + pixel * 16, slot);

@@ -1,18 +1,16 @@
-// The tensor-core convolution for 3x3 kernels on 16-bit maps of any layout, forward and data
-// gradient.
+// The tensor-core convolution for 3x3 kernels on maps of any layout, forward and data gradient: of
+// 16 bits, or of float32 with products in TF32.
 //
 // An implicit GEMM with pixels as rows (a warp owns 16 columns of the tile) and outputs as columns,
-// rounded up to 8. psi(x) is staged transposed, [half of 16 channels][row][column] in slots of
-// 8 channels: any tap is then a shift of the address, and a fragment once loaded serves every row
-// of outputs whose tap it is (Taps::all). Two buffers: while a stage is multiplied, the next one's
+// rounded up to 8. psi(x) is staged transposed, [half of a chunk][row][column] in slots of
+// channels: any tap is then a shift of the address, and a fragment once loaded serves every row of
+// outputs whose tap it is (Taps::all). Two buffers: while a stage is multiplied, the next one's
 // pixels come to registers and its weights to shared memory; one barrier a stage.
 //
 // Bank conflicts: lanes of a store are {vector parity, half, row parity} and the pitches are
 // 2 (row) and 1 (half) slots modulo 8, so eight lanes touch eight different slots modulo 8.
 // ldmatrix reads 8 neighbouring slots at any shift.
 #pragma once
-
-#include <type_traits>
 
 #include "direct.cuh"
 #include "staging.cuh"
@@ -128,8 +126,8 @@ class Block {
   /// Pixels to registers.
   __device__ void load(int stage) {
     const Stage s = p_.stages[stage];
-    const int half = threadIdx.x >> 1 & 1, channels = s.channels - 8 * half;
-    const T* from = static_cast<const T*>(s.data) + n_ * s.stride_n + 8 * half * s.stride_c +
+    const int half = threadIdx.x >> 1 & 1, channels = s.channels - kSlot<T> * half;
+    const T* from = static_cast<const T*>(s.data) + n_ * s.stride_n + kSlot<T> * half * s.stride_c +
                     (row_ + s.row) * s.stride_h + (column_ + s.column) * s.stride_w;
     with_kind(s.kind, [&](auto k) {
 #pragma unroll
@@ -145,8 +143,8 @@ class Block {
                         s.stride_w, channels, inside_[pass]);
         } else if (lies_in(w, p_.width)) {
           inside_[pass] = kAllInside;
-          if (channels >= 8)
-            load_rows(raw_[pass], pixels + u.column, s.stride_c, 8);
+          if (channels >= kSlot<T>)
+            load_rows(raw_[pass], pixels + u.column, s.stride_c, kSlot<T>);
           else
             load_rows(raw_[pass], pixels + u.column, s.stride_c, channels);
         }
@@ -158,11 +156,11 @@ class Block {
   __device__ void store(int stage, int buffer) {
     const Stage& s = p_.stages[stage];
     const int half = threadIdx.x >> 1 & 1;
-    if (s.channels <= 8 * half) return;  // multiply() does not read that half
-    HalfPsi psi;
+    if (s.channels <= kSlot<T> * half) return;  // multiply() does not read that half
+    HalfPsi<T> psi;
     if constexpr (Tr::kPrologue != Prologue::none) psi.load(p_.coefficients, s.chunk, half);
     if (s.access == Access::pixels)
-      for (auto& raw : raw_) pixels_to_rows(raw);
+      for (auto& raw : raw_) pixels_to_rows<T>(raw);
     with_kind(s.kind, [&](auto k) {
 #pragma unroll
       for (int pass = 0; pass < kPrefetch; ++pass) {
@@ -202,14 +200,14 @@ class Block {
     if (column_ + static_cast<int>(threadIdx.x / 32) * 16 >= p_.width) return;  // nothing to sum
     const Stage s = p_.stages[stage];
     with_kind(s.kind, [&](auto k) {
-      if (s.channels > 8)
+      if (s.channels > kSlot<T>)
         multiply<k.value, false>(s.dilation, buffer);
       else
         multiply<k.value, true>(s.dilation, buffer);
     });
   }
 
-  /// sums_ += the staged rows times their taps. kHalf: up to 8 channels.
+  /// sums_ += the staged rows times their taps. kHalf: up to half a chunk.
   template <int kKind, bool kHalf>
   __device__ void multiply(int dilation, int buffer) {
     constexpr Kind kind = Tr::kKinds.kind[kKind];
@@ -253,9 +251,9 @@ class Block {
 #pragma unroll
           for (int j = 0; j < N; ++j)
             if constexpr (kHalf)
-              ptx::mma_k8<T>(sums_[out][j], a, b[row][j]);
+              ptx::mma_half<T>(sums_[out][j], a, b[row][j]);
             else
-              ptx::mma_k16<T>(sums_[out][j], a, b[row][j]);
+              ptx::mma<T>(sums_[out][j], a, b[row][j]);
         }
       }
     }
@@ -281,7 +279,7 @@ class Block {
   const Job* job_;
   int n_, row_, column_;
   float sums_[R][N][4] = {};  // pixels lane / 4 and + 8 of the warp's, outputs lane % 4 * 2 and + 1
-  uint2 raw_[kPrefetch][8];
+  Four<T> raw_[kPrefetch][kSlot<T>];
   uint32_t inside_[kPrefetch];  // a bit a pixel
 };
 

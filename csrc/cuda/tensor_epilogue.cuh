@@ -6,6 +6,15 @@
 
 namespace d3net::cuda::tensor {
 
+/// Four neighbours of a result.
+template <class T>
+__device__ inline Four<T> rounded(const float4& v) {
+  if constexpr (sizeof(T) == 4)
+    return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
+  else
+    return {ptx::pack_two<T, false>(v.x, v.y), ptx::pack_two<T, false>(v.z, v.w)};
+}
+
 /// Writes value(output, pixel of the tile) one by one: neighbours in memory by neighbouring
 /// threads.
 template <class Tr>
@@ -26,7 +35,7 @@ __device__ void Block<Tr>::write_elements(const View& out, F&& value) const {
 /// moments: (sum, sum of squares about the part's own mean, count).
 template <class Tr>
 __device__ void Block<Tr>::finish_forward() {
-  constexpr int pitch = R * kColumns * 2 + 16;  // bytes of an output
+  constexpr int bytes = sizeof(T), pitch = R * kColumns * bytes + 16;  // of an output
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rows = min(R, p_.height - row_);
   const int columns = min(16, max(0, p_.width - column_ - warp * 16));
@@ -45,7 +54,7 @@ __device__ void Block<Tr>::finish_forward() {
           const int pixel = lane / 4 + 8 * e;
           const T rounded = narrow<T>(sums_[y][j][2 * e + i] + bias);
           *reinterpret_cast<T*>(shared_ + (output + i) * pitch +
-                                (y * kColumns + warp * 16 + pixel) * 2) = rounded;
+                                (y * kColumns + warp * 16 + pixel) * bytes) = rounded;
           sums_[y][j][2 * e + i] = widen(rounded);  // the moments are those of the result
           if (y < rows && pixel < columns) sum += sums_[y][j][2 * e + i];
         }
@@ -74,19 +83,19 @@ __device__ void Block<Tr>::finish_forward() {
   const View& out = job_->out;
   if (!p_.by_rows) {
     write_elements(out, [&](int output, int pixel) {
-      return *reinterpret_cast<const T*>(shared_ + output * pitch + pixel * 2);
+      return *reinterpret_cast<const T*>(shared_ + output * pitch + pixel * bytes);
     });
     return;
   }
-  // 8 pixels a thread, as 16 bytes where the rows of the result are aligned to that.
-  constexpr int vectors = kColumns / 8;
+  // 16 bytes a thread, at once where the rows of the result are aligned to that.
+  constexpr int pixels = kSlot<T>, vectors = kColumns / pixels;
   for (int i = threadIdx.x; i < job_->outputs * R * vectors; i += kThreads) {
     const int vector = i % vectors, y = i / vectors % R, output = i / (vectors * R);
-    const int h = row_ + y, w = column_ + vector * 8;
+    const int h = row_ + y, w = column_ + vector * pixels;
     if (h >= p_.height || w >= p_.width) continue;
     T* to = static_cast<T*>(out.data) + direct::offset_of(out, n_, output, h, w);
-    const void* from = shared_ + output * pitch + (y * kColumns + vector * 8) * 2;
-    if (p_.wide_stores) {
+    const void* from = shared_ + output * pitch + (y * kColumns + vector * pixels) * bytes;
+    if (bytes == 4 || p_.wide_stores) {
       *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
     } else {
       const uint2* halves = static_cast<const uint2*>(from);
@@ -140,9 +149,9 @@ __device__ void Block<Tr>::finish_backward() {
       float gradient[4] = {four.x, four.y, four.z, four.w};
       if (through_psi) {
         const T* row = x + y * job.x.stride_h;
-        uint2 pixels;
+        Four<T> pixels;
         if (by_rows) {
-          pixels = __ldg(reinterpret_cast<const uint2*>(row));
+          pixels = __ldg(reinterpret_cast<const Four<T>*>(row));
         } else {
           const uint32_t inside = pixels_inside(column_ + vector, p_.width);
           pixels = four_elements(row, job.x.stride_w, inside);
@@ -158,14 +167,12 @@ __device__ void Block<Tr>::finish_backward() {
         }
       }
       if (!job.out.data) continue;
-      if (!by_rows) {
-        *reinterpret_cast<float4*>(staged + output * pitch + y * kColumns + vector) = {
-            gradient[0] * scale, gradient[1] * scale, gradient[2] * scale, gradient[3] * scale};
-        continue;
-      }
-      const uint2 result = {ptx::pack_two<T, false>(gradient[0] * scale, gradient[1] * scale),
-                            ptx::pack_two<T, false>(gradient[2] * scale, gradient[3] * scale)};
-      *reinterpret_cast<uint2*>(out + y * job.out.stride_h) = result;
+      const float4 result = {gradient[0] * scale, gradient[1] * scale, gradient[2] * scale,
+                             gradient[3] * scale};
+      if (by_rows)
+        *reinterpret_cast<Four<T>*>(out + y * job.out.stride_h) = rounded<T>(result);
+      else
+        *reinterpret_cast<float4*>(staged + output * pitch + y * kColumns + vector) = result;
     }
     if (!p_.partial) continue;
     // One exchange leaves a sum to each quarter of the warp, three more add over its lanes.

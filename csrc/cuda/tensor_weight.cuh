@@ -111,8 +111,8 @@ class WeightBlock {
   /// psi of the registers to the ring.
   __device__ void store(int step) {
     if (!there_) return;
-    if (job_.access == Access::pixels) pixels_to_rows(raw_);
-    HalfPsi psi;  // loaded anew: the registers do not hold it beside the sums
+    if (job_.access == Access::pixels) pixels_to_rows<T>(raw_);
+    HalfPsi<T> psi;  // loaded anew: the registers do not hold it beside the sums
     psi.load(p_.coefficients, job_.chunk, half());
     const int row = (kWeightRows * step + staged_row()) & (kRingRows - 1);
     const uint32_t to = ring_ + (half() * kRingHalf + row * kRingPitch + staged_column()) * 16;
@@ -242,7 +242,7 @@ class WeightBlock {
       ptx::load_matrices_transposed(a, pixels + (kTaps == 1 ? 0 : (tap - 1) * d));
       mask(a);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) ptx::mma_k16<T>(sums_[tap][j], a, b[j]);
+      for (int j = 0; j < kTiles; ++j) ptx::mma<T>(sums_[tap][j], a, b[j]);
     }
   }
 
@@ -254,7 +254,7 @@ class WeightBlock {
       uint32_t b[kTiles + 1][2];
       load_gradient<kTiles>(b, gradient + step * 32);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) ptx::mma_k16<T>(sums_[3][j], ones, b[j]);
+      for (int j = 0; j < kTiles; ++j) ptx::mma<T>(sums_[3][j], ones, b[j]);
     }
   }
 
@@ -276,7 +276,7 @@ class WeightBlock {
   /// Adds the sums of the rows of a step and writes this part: for an output, the channels' taps
   /// are neighbours in shared memory as in the result.
   __device__ void finish(int part) {
-    constexpr int pitch = 9 * kChunk + 1;  // the last one is the bias
+    constexpr int pitch = 9 * kWeightChunk + 1;  // the last one is the bias
     float* staged = reinterpret_cast<float*>(shared_);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int tap_row = warp / kWeightRows, taps = job_.taps;
@@ -311,7 +311,7 @@ class WeightBlock {
   const WeightJob job_;
   unsigned char* shared_;
   uint32_t ring_;
-  uint2 raw_[8];
+  Four<T> raw_[kSlot<T>];
   bool there_ = false;
   uint32_t inside_ = 0;  // a bit a pixel
   int n_ = 0, column_ = 0, first_row_ = 0;

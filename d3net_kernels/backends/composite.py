@@ -1,6 +1,7 @@
 """The operators in plain torch: every device, every dtype; serves where no compiled kernel does.
 
-Like the compiled kernels these keep nothing: psi is evaluated again in the backward pass.
+Like the compiled kernels these keep nothing: psi is evaluated again in the backward pass. The
+precision of float32 is up to torch, which reads its own switches.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def forward(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
+    precision: int,
 ) -> Tensor:
     """Kernel of d3net_kernels::multidilated_conv2d."""
     _say_that_this_serves(inputs[0].device.type)
@@ -80,6 +82,7 @@ def backward_data(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
+    precision: int,
     wanted: Sequence[int],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_backward_data."""
@@ -112,6 +115,7 @@ def backward_weight(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
+    precision: int,
 ) -> tuple[Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_backward_weight."""
     if grad_output.numel() == 0:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d3net_kernels import _layout
 from d3net_kernels.numerics import Problem
+from d3net_kernels.precision import PRECISIONS
 
 from .counters import Counters
 from .module import Module, load
@@ -62,6 +63,7 @@ _Problem = _struct(
     num_sources=_int64,
     weight=_View,
     psi=_Psi,
+    precision=ctypes.c_int,
 )
 _Vector = _struct("Vector", data=_pointer, stride=_int64, dtype=ctypes.c_int)
 _Coefficients = _struct("Coefficients", scale=_Vector, shift=_Vector, bias=_Vector)
@@ -147,9 +149,17 @@ class Executed:
 class Program:
     """The host program csrc/cuda/program.cpp; `launch` executes or records what it launches."""
 
-    def __init__(self, launch: Launch, capability: int = 80, multiprocessors: int = 4) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        capability: int = 80,
+        multiprocessors: int = 4,
+        *,
+        tf32: bool = False,
+    ) -> None:
         self._library = ctypes.CDLL(str(_compiled_program()))
         self._launch = launch
+        self._precision = PRECISIONS["high" if tf32 else "highest"]
         self._arch = _Arch(capability, multiprocessors)
 
     def results(self, p: Problem, *, moments: bool = False) -> dict[str, Tensor]:
@@ -158,13 +168,14 @@ class Program:
         With `moments`, also "mean" and "variance" of the output.
         """
         with torch.no_grad():
-            return _Call(self._library, self._launch, self._arch, p).results(moments)
+            call = _Call(self._library, self._launch, self._arch, p, self._precision)
+            return call.results(moments)
 
 
 class _Call:
     """One problem in memory as a GPU would hold it: aligned, and nothing else within reach."""
 
-    def __init__(self, library: Any, launch: Launch, arch: Any, p: Problem) -> None:
+    def __init__(self, library: Any, launch: Launch, arch: Any, p: Problem, precision: int) -> None:
         self._p, self._library = p, library
         self._buffers: dict[str, Tensor] = {}
         self._error: Exception | None = None
@@ -183,6 +194,7 @@ class _Call:
             len(inputs),
             _view(weight),
             _Psi(None, None, p.relu),
+            precision,
         )
         vectors = [
             _Vector() if t is None else _vector(self._placed(name, t))

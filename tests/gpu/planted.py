@@ -76,7 +76,7 @@ BUGS = [
             Change(
                 "tensor.cuh",
                 "inside_[pass] = 0;",
-                "for (auto& raw : raw_[pass]) raw = uint2{0, 0};\n        inside_[pass] = 0;",
+                "for (auto& raw : raw_[pass]) raw = {};\n        inside_[pass] = 0;",
             ),
             Change("tensor.cuh", "if (inside_[pass])\n", "if (true)\n"),
         ),

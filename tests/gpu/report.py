@@ -43,18 +43,31 @@ from .toolchain import Resources
 
 BUDGET = Path(__file__).with_name("budget.json")
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-counted.md"
-_ELEMENT_BYTES = 2
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of D3Net in bfloat16 with psi, cut to `size` (H, W), and one of its operations."""
+    """A layer of D3Net with psi, cut to `size` (H, W), and one of its operations.
+
+    In bfloat16, or in float32 with products in TF32.
+    """
 
     name: str
     layer: str
     size: tuple[int, int]
     operation: str
     memory_format: torch.memory_format = torch.contiguous_format
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def tf32(self) -> bool:
+        """Whether products are in TF32."""
+        return self.dtype == torch.float32
+
+    @property
+    def kind(self) -> str:
+        """Type of the products, as in Gpu.tensor."""
+        return "tf32" if self.tf32 else "bf16"
 
     @property
     def shape(self) -> Shape:
@@ -71,7 +84,7 @@ class Case:
             (1, *self.size),
             generator=torch.Generator().manual_seed(0),
             dilations=shape.dilations,
-            dtype=torch.bfloat16,
+            dtype=self.dtype,
             psi_dtype=torch.float32,
         )
         problem = problem.map(self._laid_out)
@@ -108,6 +121,8 @@ CASES = (
     Case("S last", _S, (32, 128), "forward", torch.channels_last),
     Case("S last", _S, (32, 128), "backward_data", torch.channels_last),
     Case("S last", _S, (32, 128), "backward_weight", torch.channels_last),
+    Case("S tf32", _S, (32, 128), "forward", dtype=torch.float32),
+    Case("S tf32", _S, (32, 128), "backward_data", dtype=torch.float32),
 )
 
 
@@ -129,7 +144,8 @@ def cuda_family(case: Case) -> list[Launched]:
     """The convolution kernel that csrc/cuda launches for a case."""
     executed = Executed()
     recorded = Recorded(executed)
-    Program(recorded).results(case.problem(), moments=case.operation == "forward")
+    program = Program(recorded, tf32=case.tf32)
+    program.results(case.problem(), moments=case.operation == "forward")
     part = case.operation.removeprefix("backward_")
     (kernel,) = (
         name
@@ -153,6 +169,11 @@ def families() -> dict[str, Family]:
     return found
 
 
+def can_count(family: str, case: Case) -> bool:
+    """Whether the machine has the instructions; not wgmma in TF32, which Triton emits for sm_90."""
+    return not (case.tf32 and family == "triton sm_90")
+
+
 def bound(launched: Iterable[Launched], gpu: Gpu) -> list[tuple[str, float]]:
     """What binds every kernel, and its least nanoseconds; they run one after the other.
 
@@ -173,13 +194,13 @@ def counted_figures(case: Case, launched: Sequence[Launched]) -> dict[str, float
     distinct = sum(one.counters.distinct_bytes for one in launched)
     figures = {
         "distinct / compulsory bytes": distinct
-        / compulsory_bytes(shape, case.operation, _ELEMENT_BYTES),
+        / compulsory_bytes(shape, case.operation, case.dtype.itemsize),
         "sectors / ideal": through_l2.units / max(1, through_l2.ideal),
         "wavefronts / ideal": shared.units / max(1, shared.ideal),
         "instructions a pixel": counters.issued() / (shape.height * shape.width),
     }
     for gpu in GPUS:
-        least = ideal(shape, case.operation, "bf16", _ELEMENT_BYTES, gpu)
+        least = ideal(shape, case.operation, case.kind, case.dtype.itemsize, gpu)
         total = sum(time for _, time in bound(launched, gpu))
         figures[f"bound / ideal bound {gpu.name}"] = total / least
     return {name: round(value, 4) for name, value in figures.items()}
@@ -229,15 +250,15 @@ def case_table(case: Case, launched: Sequence[Launched], static: Static) -> str:
     figures = counted_figures(case, launched)
     kinds = counters.by_kind()
     distinct = sum(one.counters.distinct_bytes for one in launched)
-    compulsory = compulsory_bytes(shape, case.operation, _ELEMENT_BYTES)
+    compulsory = compulsory_bytes(shape, case.operation, case.dtype.itemsize)
+    unfused = composition_bytes(shape, case.dtype.itemsize)
     lines = [
         f"{case}: {shape}",
         "  counted on emulated PTX: "
         + ", ".join(f"{name} {figures[name]:.3f}" for name in list(figures)[:4]),
         f"  mma {100 * kinds.get('mma', 0) / counters.issued():.1f} % of warp instructions; "
         f"bytes a pixel: {distinct / pixels:.0f} distinct, {compulsory / pixels:.0f} compulsory, "
-        f"{composition_bytes(shape, _ELEMENT_BYTES) / pixels:.0f} in the forward pass of unfused "
-        "torch (from shapes)",
+        f"{unfused / pixels:.0f} in the forward pass of unfused torch (from shapes)",
     ]
     for one in launched:
         for arch, used in {**static.get(one.kernel, {}), **one.compiled}.items():
@@ -249,7 +270,7 @@ def case_table(case: Case, launched: Sequence[Launched], static: Static) -> str:
             )
     for gpu in GPUS:
         times = bound(launched, gpu)
-        least = ideal(shape, case.operation, "bf16", _ELEMENT_BYTES, gpu)
+        least = ideal(shape, case.operation, case.kind, case.dtype.itemsize, gpu)
         detail = "; ".join(f"{name} {time / pixels:.4f}" for name, time in times)
         lines.append(
             f"  {gpu.name:8} ideal / counted bound {least / sum(t for _, t in times):.2f}; "
@@ -292,8 +313,8 @@ def saved_table(static: str, cases: Iterable[str]) -> str:
             "# The GPU kernels without a GPU",
             "",
             "Written by `make gpu-report ARGS=--update`. Nothing here is measured: counts are",
-            "**counted on emulated PTX** (bfloat16, strips of the layers of D3Net; of the CUDA",
-            "kernels that of sm_80),",
+            "**counted on emulated PTX** (bfloat16, or float32 with products in TF32; strips of",
+            "the layers of D3Net; of the CUDA kernels that of sm_80),",
             "registers and occupancy are **static**, of ptxas. A bound says that no counted",
             "resource forbids this time; a ratio of bounds is no speed. Counted are the",
             "convolution kernels and Triton's `prepare`. Not counted are, of CUDA C++, packing of",
@@ -324,6 +345,8 @@ def main() -> int:
     launches: list[tuple[str, Case, list[Launched]]] = []
     for family, execute in families().items():
         for case in CASES if arguments.family in (None, family) else ():
+            if not can_count(family, case):
+                continue
             launched = execute(case)
             counted[f"{family} {case}"] = counted_figures(case, launched)
             print(f"counted: {family}, {case}", flush=True)

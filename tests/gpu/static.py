@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from d3net_kernels import numerics
+from d3net_kernels.__main__ import KINDS_ON_GPU
 
 from .cuda_program import CSRC, Program
 from .toolchain import Resources, compile_ptx, resources
@@ -74,7 +75,7 @@ class Recorded:
 def launch_sizes() -> dict[str, tuple[int, int]]:
     """Threads and bytes of dynamic shared memory of a block, of every kernel."""
     recorded = Recorded()
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for kind, dtype in KINDS_ON_GPU.items():
         for kernel in (3, 1):  # on tensor cores, and not
             for outputs in (8, 16, 24, 32, 40):
                 for relu in (True, False):
@@ -90,7 +91,7 @@ def launch_sizes() -> dict[str, tuple[int, int]]:
                     )
                     for t in problem.tensors().values():
                         t.requires_grad_(True)
-                    Program(recorded).results(problem, moments=True)
+                    Program(recorded, tf32=kind == "tf32").results(problem, moments=True)
     return recorded.launches
 
 

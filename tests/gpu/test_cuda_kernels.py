@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from d3net_kernels import numerics
+from d3net_kernels import numerics, reference
+from d3net_kernels.numerics import Problem
 
 from . import toolchain
 from .cuda_program import Executed, Program
@@ -77,7 +78,8 @@ TENSOR_CASES = [
         grad_layout="every_other",
     ),
 ]
-TENSOR_CASES = [replace(case, dtype=_HALF, psi="float32") for case in TENSOR_CASES]
+TF32_CASES = [replace(case, psi="float32") for case in TENSOR_CASES]
+TENSOR_CASES = [replace(case, dtype=_HALF) for case in TF32_CASES]
 _SMALL = 40_000  # multiply-adds of a tap; larger cases are marked slow
 
 
@@ -86,15 +88,46 @@ def _is_small(case: grid.Case) -> bool:
     return n * h * w * sum(case.channels) * case.out_channels <= _SMALL
 
 
-def check(case: grid.Case, generator: torch.Generator, launch: Executed) -> None:
+def check(
+    case: grid.Case, generator: torch.Generator, launch: Executed, *, tf32: bool = False
+) -> None:
     problem = case.problem(generator)
-    results = Program(launch).results(problem, moments=True)
+    results = Program(launch, tf32=tf32).results(problem, moments=True)
     mean, variance = results.pop("mean"), results.pop("variance")
-    grid.assert_right(problem, results)
+    grid.assert_right(problem, results, tf32=tf32)
+    if tf32:
+        assert_factors_are_rounded(problem, results)
     out = results["out"].to(mean.dtype)
     true_variance, true_mean = torch.var_mean(out, (0, 2, 3), correction=0)
     torch.testing.assert_close(mean, true_mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(variance, true_variance, rtol=1e-4, atol=1e-7)
+
+
+def as_tf32(t: Tensor) -> Tensor:
+    """The nearest numbers of TF32, ties away from zero."""
+    t = t.detach()
+    rounded = (t.view(torch.int32) + 0x1000) & ~0x1FFF
+    return torch.where(t.isfinite(), rounded.view(torch.float32), t)
+
+
+def assert_factors_are_rounded(problem: Problem, results: dict[str, Tensor]) -> None:
+    """Once psi(x), the weight and grad_output are rounded, all is as exact as in float32."""
+    p = problem.map(lambda t: t)
+    assert p.scale is not None
+    assert p.shift is not None
+    sources, start = [], 0
+    for x in p.inputs:
+        group = slice(start, start := start + x.shape[1])
+        y = reference.psi(x.double(), p.scale[group].double(), p.shift[group].double(), p.relu)
+        sources.append(as_tf32(y.float()))
+    back = replace(p, weight=as_tf32(p.weight), bias=None, grad_output=as_tf32(p.grad_output))
+    gradients = {f"grad {name}" for name, t in back.tensors().items() if t.requires_grad}
+    plain = numerics.results_of(reference.multidilated_conv2d, back)
+    ratios = numerics.error_ratios(back, plain | {name: results[name] for name in gradients})
+    bias = None if p.bias is None else p.bias.detach()
+    layer = replace(back, inputs=sources, bias=bias, scale=None, shift=None, relu=False)
+    ratios |= numerics.error_ratios(layer, {"out": results["out"]})
+    assert max(ratios.values()) <= 1, ratios
 
 
 @pytest.mark.parametrize(
@@ -118,51 +151,77 @@ def test_tensor_cores(case: grid.Case, generator: torch.Generator) -> None:
     }
 
 
+@pytest.mark.parametrize("case", TF32_CASES, ids=lambda case: case.name)
+def test_tf32(case: grid.Case, generator: torch.Generator) -> None:
+    """float32 on tensor cores, but for the weight's gradient."""
+    launch = Executed()
+    check(case, generator, launch, tf32=True)
+    kernels = {kernel.rsplit("_", 2)[0] for kernel in launch.counters if kernel.endswith("_tf32")}
+    assert kernels == {"tensor_forward_relu", "tensor_backward_data"}
+    assert "direct_backward_weight_float32" in launch.counters
+
+
+@pytest.mark.parametrize(
+    ("dtype", "one", "four"), [(_HALF, ".u16", ".v2.u32"), (torch.float32, ".nc.u32", ".v4.u32")]
+)
 @pytest.mark.parametrize(
     ("layout", "width", "elements"),
     [("contiguous", 24, False), ("channels_last", 23, False), ("contiguous", 23, True)],
 )
 def test_pixels_come_as_wide_as_they_can(
-    layout: str, width: int, elements: bool, generator: torch.Generator
+    layout: str,
+    width: int,
+    elements: bool,
+    dtype: torch.dtype,
+    one: str,
+    four: str,
+    generator: torch.Generator,
 ) -> None:
-    """8 bytes a load, by rows or by pixels, where the layout allows it; else one element."""
+    """Four elements a load, by rows or by pixels, where the layout allows it; else one."""
     case = grid.Case(
         "",
         channels=(20, 12),
         out_channels=8,
         size=(1, 6, width),
-        dtype=_HALF,
+        dtype=dtype,
         layout=layout,
         needs=(),
     )
     launch = Executed()
-    Program(launch).results(case.problem(generator))
+    Program(launch, tf32=dtype == torch.float32).results(case.problem(generator))
     (counters,) = (c for kernel, c in launch.counters.items() if kernel.startswith("tensor_"))
     loads = [i.text for i in counters.instructions if "ld.global.nc" in i.text and i.issued]
-    assert any(".u16" in load for load in loads) is elements
-    assert any(".v2." in load for load in loads) is not elements
+    assert any(one in load for load in loads) is elements
+    assert any(four in load for load in loads) is not elements
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("outputs", [3, 13, 24, 32, 36, 72])
 def test_every_tile(
     dtype: torch.dtype, relu: bool, outputs: int, generator: torch.Generator
 ) -> None:
     case = replace(TENSOR_CASES[0], dtype=dtype, relu=relu, out_channels=outputs)
-    check(case, generator, Executed())
+    check(case, generator, Executed(), tf32=dtype == torch.float32)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_not_finite(value: float, dtype: torch.dtype, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tf32"), [(torch.float32, False), (torch.float32, True), (_HALF, False)], ids=str
+)
+def test_not_finite(
+    value: float, dtype: torch.dtype, tf32: bool, generator: torch.Generator
+) -> None:
     """NaN passes the ReLU and infinity stays, in the pixels that see them and in no other."""
     case = grid.Case("", channels=(4, 3), size=(2, 9, 12), dtype=dtype, needs=())
     problem = case.problem(generator)
     problem.inputs[0][0, 1, 3, 4] = value
     problem.inputs[1][1, 2, 0, 0] = value
-    grid.assert_right(problem, Program(Executed()).results(problem))
+    launch = Executed()
+    grid.assert_right(problem, Program(launch, tf32=tf32).results(problem), tf32=tf32)
+    on_tensor_cores = any(kernel.startswith("tensor_forward") for kernel in launch.counters)
+    assert on_tensor_cores is (tf32 or dtype == _HALF)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -192,30 +251,36 @@ def test_not_finite_at_the_border(
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_not_finite_gradient(value: float, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(("dtype", "kind"), [(_HALF, "bfloat16"), (torch.float32, "tf32")])
+def test_not_finite_gradient(
+    value: float, dtype: torch.dtype, kind: str, generator: torch.Generator
+) -> None:
     """It reaches the inputs that see it, and all sums of its output."""
     needs = ("inputs", "bias", "scale", "shift")
     case = grid.Case(
-        "", channels=(4, 3), size=(1, 9, 72), dtype=_HALF, psi="float32", relu=False, needs=needs
+        "", channels=(4, 3), size=(1, 9, 72), dtype=dtype, psi="float32", relu=False, needs=needs
     )
     problem = case.problem(generator)
     problem.grad_output[0, 1, 3, -1] = value
     problem.grad_output[0, 2, 0, 5] = value
     launch = Executed()
-    grid.assert_right(problem, Program(launch).results(problem))
-    assert "tensor_backward_data_1x8_bfloat16" in launch.counters
+    tf32 = kind == "tf32"
+    grid.assert_right(problem, Program(launch, tf32=tf32).results(problem), tf32=tf32)
+    assert f"tensor_backward_data_1x8_{kind}" in launch.counters
 
 
 @pytest.mark.parametrize(
-    ("dtype", "layout"),
+    ("dtype", "tf32", "layout"),
     [
-        (torch.float32, "contiguous"),
-        (torch.bfloat16, "contiguous"),
-        (torch.bfloat16, "channels_last"),
+        (torch.float32, False, "contiguous"),
+        (torch.float32, True, "contiguous"),
+        (torch.float32, True, "channels_last"),
+        (torch.bfloat16, False, "contiguous"),
+        (torch.bfloat16, False, "channels_last"),
     ],
 )
 def test_same_bits_in_any_order(
-    dtype: torch.dtype, layout: str, generator: torch.Generator
+    dtype: torch.dtype, tf32: bool, layout: str, generator: torch.Generator
 ) -> None:
     """Nothing hangs on which warp, lane, block or copy comes first: no race, no float atomic."""
     case = grid.Case(
@@ -224,13 +289,13 @@ def test_same_bits_in_any_order(
     if layout == "channels_last":
         case = replace(case, channels=(20, 12), size=(2, 11, 67), layout=layout, grad_layout=layout)
     problem = case.problem(generator)
-    once = Program(Executed()).results(problem, moments=True)
+    once = Program(Executed(), tf32=tf32).results(problem, moments=True)
     for options in (
         {"order": "reverse", "blocks": "reverse", "cp_async": "early"},
         {"order": "random", "blocks": "random", "cp_async": "random", "seed": 1},
         {"lanes": "random", "seed": 2},
     ):
-        again = Program(Executed(**options)).results(problem, moments=True)
+        again = Program(Executed(**options), tf32=tf32).results(problem, moments=True)
         for name, t in once.items():
             assert _same_bits(t, again[name]), f"{name} differs with {options}"
 

@@ -187,6 +187,8 @@ def test_triton_is_within_its_budget(case: report.Case, arch: str) -> None:
     """As the installed version compiles it; the budget is that of triton 3.8."""
     pytest.importorskip("triton", reason="pip install triton")
     family = f"triton {arch}"
+    if not report.can_count(family, case):
+        pytest.skip(reason="the machine has no wgmma in TF32")
     launched = report.families()[family](case)
     assert report.spilled(launched) == []
     counted = {f"{family} {case}": report.counted_figures(case, launched)}

@@ -28,6 +28,11 @@ TENSOR = KernelSource(
     "tensor_impl.cuh",
     "D3NET_TENSOR_KERNEL(tensor_forward_relu_1x8_bfloat16, d3net::cuda::bfloat16, 1, 8, true)",
 )
+TF32 = KernelSource(
+    "tensor_forward_relu_1x8_tf32",
+    "tensor_impl.cuh",
+    "D3NET_TENSOR_KERNEL(tensor_forward_relu_1x8_tf32, d3net::cuda::tf32, 1, 8, true)",
+)
 WEIGHT = KernelSource(
     "tensor_weight_relu_bfloat16",
     "tensor_weight_impl.cuh",
@@ -109,10 +114,12 @@ def tensor_problem(generator: torch.Generator) -> Problem:
     return problem
 
 
-def is_right(problem: Problem, launched: FromSource, kernels: set[str]) -> bool:
-    results = Program(launched).results(problem)
+def is_right(
+    problem: Problem, launched: FromSource, kernels: set[str], *, tf32: bool = False
+) -> bool:
+    results = Program(launched, tf32=tf32).results(problem)
     assert launched.seen == kernels, "the host chose other kernels: the test misses its target"
-    return all(ratio <= 1 for ratio in numerics.error_ratios(problem, results).values())
+    return all(ratio <= 1 for ratio in numerics.error_ratios(problem, results, tf32=tf32).values())
 
 
 @pytest.mark.parametrize("sanitizer", ["none", "address", "thread"])
@@ -122,6 +129,13 @@ def test_tensor_kernel_is_clean(
 ) -> None:
     launched = FromSource((TENSOR,), sanitizer, order=order, cp_async=cp_async)
     assert is_right(tensor_problem(generator), launched, {TENSOR.name})
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_tf32_kernel_is_clean(generator: torch.Generator, sanitizer: str) -> None:
+    launched = FromSource((TF32,), sanitizer, order="random", cp_async="early")
+    problem = tensor_problem(generator).map(Tensor.float)
+    assert is_right(problem, launched, {TF32.name}, tf32=True)
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])

@@ -128,12 +128,13 @@ def compiled(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> 
     inputs = [empty(2, c, 32, 64) for c in channels]
     weight = torch.empty(outputs, sum(channels), 3, 3, dtype=dtype)
     scale = torch.empty(sum(channels))
-    psi = ([d for i in range(len(channels)) for d in (1 << i, 1 << i)], scale, scale, True)
+    dilations = [d for i in range(len(channels)) for d in (1 << i, 1 << i)]
+    options = (dilations, scale, scale, True, 0)
     grad_output = empty(2, outputs, 32, 64)
     with emulated(arch, execute=False) as emulator:
-        launch.forward(inputs, weight, weight[:, 0, 0, 0], *psi)
-        launch.backward_data(grad_output, inputs, weight, *psi, [1] * len(inputs))
-        launch.backward_weight(grad_output, inputs, weight, *psi)
+        launch.forward(inputs, weight, weight[:, 0, 0, 0], *options)
+        launch.backward_data(grad_output, inputs, weight, *options, [1] * len(inputs))
+        launch.backward_weight(grad_output, inputs, weight, *options)
     return emulator.launches
 
 

@@ -16,16 +16,16 @@ def family(arch: str) -> report.Family:
     def execute(case: report.Case) -> list[report.Launched]:
         problem = case.problem()
         dilations = [d for pair in problem.dilations for d in pair]
-        psi = (dilations, problem.scale, problem.shift, problem.relu)
+        options = (dilations, problem.scale, problem.shift, problem.relu, int(case.tf32))
         inputs, weight = problem.inputs, problem.weight
         with torch.no_grad(), emulated(arch) as emulator:
             if case.operation == "forward":
-                launch.forward(inputs, weight, problem.bias, *psi)
+                launch.forward(inputs, weight, problem.bias, *options)
             elif case.operation == "backward_data":
                 wanted = [1] * len(inputs)
-                launch.backward_data(problem.grad_output, inputs, weight, *psi, wanted)
+                launch.backward_data(problem.grad_output, inputs, weight, *options, wanted)
             else:
-                launch.backward_weight(problem.grad_output, inputs, weight, *psi)
+                launch.backward_weight(problem.grad_output, inputs, weight, *options)
         return [_launched(done, arch) for done in emulator.launches]
 
     return execute

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _layout
+from ...precision import PRECISIONS
 from . import configs, interpreted
 from .kernels import parts
 from .kernels.backward_data import backward_data as backward_data_kernel
@@ -36,9 +37,10 @@ def forward(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
+    precision: int,
 ) -> Tensor:
     """Kernel of d3net_kernels::multidilated_conv2d."""
-    return _forward(_Call(inputs, weight, dilations, scale, shift, relu), bias, None)
+    return _forward(_Call(inputs, weight, dilations, scale, shift, relu, precision), bias, None)
 
 
 def forward_with_moments(
@@ -49,12 +51,13 @@ def forward_with_moments(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
+    precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and mean and biased variance (K,) of its channels, from the same launch.
 
     They are those of channel_moments, NaN where there is nothing to average.
     """
-    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    call = _Call(inputs, weight, dilations, scale, shift, relu, precision)
     tiles = call.tiles(call.config("forward", weight.shape[0]))
     moments = call.accumulators(tiles, 3, weight.shape[0])
     out = _forward(call, bias, moments)
@@ -69,6 +72,7 @@ def backward_data(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
+    precision: int,
     wanted: Sequence[int],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_backward_data."""
@@ -79,7 +83,7 @@ def backward_data(
     if grad_output.numel() == 0 or not active:
         return grads, like.new_zeros(channels), like.new_zeros(channels)
 
-    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    call = _Call(inputs, weight, dilations, scale, shift, relu, precision)
     pieces = configs.output_blocks([inputs[i].shape[1] for i in active])
     config = call.config("backward_data", sum(pieces))
     prepared = prepare([grad_output], config.channels)
@@ -139,11 +143,12 @@ def backward_weight(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
+    precision: int,
 ) -> tuple[Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_backward_weight."""
     if grad_output.numel() == 0:
         return _layout.zero_weight_gradients(weight)
-    call = _Call(inputs, weight, dilations, scale, shift, relu)
+    call = _Call(inputs, weight, dilations, scale, shift, relu, precision)
     outputs, _, *taps = weight.shape
     pieces = configs.output_blocks([outputs])
     config = call.config("backward_weight", sum(pieces))
@@ -207,9 +212,11 @@ class _Call:
         scale: Tensor | None,
         shift: Tensor | None,
         relu: bool,
+        precision: int,
     ) -> None:
         self.inputs, self.weight = inputs, weight
         self.psi = (scale, shift, relu)
+        self.precision = _precision(weight.dtype, precision)
         self.batch, _, self.height, self.width = inputs[0].shape
         self.views = [View.of(x) for x in inputs]
         # All dilations beyond the map are alike; the kernels have 32 bits for them.
@@ -287,7 +294,7 @@ class _Call:
             kernel[grid](
                 *arguments,
                 **options,
-                PRECISION=_precision(self.weight),
+                PRECISION=self.precision,
                 UPCAST=interpreted() and dtype == torch.bfloat16,
                 ACCUMULATOR=_TYPES[_layout.dtype_for(self.weight)],
                 PIXELS=config.pixels,
@@ -358,12 +365,10 @@ def _mean_and_variance(moments: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(moments.dtype), variance.to(moments.dtype)
 
 
-def _precision(t: Tensor) -> str:
-    """TF32 where torch's own convolutions may use it, else all bits of float32.
+def _precision(dtype: torch.dtype, allowed: int) -> str:
+    """Of products: TF32 where that is allowed, else all bits of float32.
 
     Never on AMD's GPUs, most of which have no such type: Triton would refuse to compile.
     """
-    convolutions: Any = torch.backends.cudnn
-    cuda = t.is_cuda and torch.version.hip is None
-    allowed = cuda and convolutions.conv.fp32_precision == "tf32"
-    return "tf32" if t.dtype == torch.float32 and allowed else "ieee"
+    may = allowed >= PRECISIONS["high"] and torch.version.hip is None
+    return "tf32" if dtype == torch.float32 and may else "ieee"

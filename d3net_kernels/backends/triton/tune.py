@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...precision import allowed_precision
 from . import configs, why_not
 from .configs import Config, Key
 
@@ -68,12 +69,15 @@ def _runs(
         torch.rand(sum(channels), device=device),
         torch.rand(sum(channels), device=device),
     )
-    psi = ([d for i in range(len(channels)) for d in (1 << i, 1 << i)], scale, shift, True)
+    dilations = [d for i in range(len(channels)) for d in (1 << i, 1 << i)]
+    options = (dilations, scale, shift, True, allowed_precision(device.type))
     wanted = [1] * len(channels)
     runs: dict[str, Callable[[], object]] = {
-        "forward": lambda: launch.forward(inputs, weight, None, *psi),
-        "backward_data": lambda: launch.backward_data(grad_output, inputs, weight, *psi, wanted),
-        "backward_weight": lambda: launch.backward_weight(grad_output, inputs, weight, *psi),
+        "forward": lambda: launch.forward(inputs, weight, None, *options),
+        "backward_data": lambda: launch.backward_data(
+            grad_output, inputs, weight, *options, wanted
+        ),
+        "backward_weight": lambda: launch.backward_weight(grad_output, inputs, weight, *options),
     }
     for kernel, run in runs.items():
         groups = channels if kernel == "backward_data" else [outputs]

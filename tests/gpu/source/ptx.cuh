@@ -17,6 +17,7 @@ inline char* shared_at(uint32_t address) {
 
 template <class T>
 constexpr gpu::MatrixType type_of() {
+  if (sizeof(T) == 4) return gpu::MatrixType::tf32;
   return __is_same(T, bfloat16) ? gpu::MatrixType::bf16 : gpu::MatrixType::f16;
 }
 
@@ -65,12 +66,12 @@ inline uint32_t shared_address(const void* p) {
 }
 
 template <class T>
-inline void mma_k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulated::mma<T, 16>(d, a, b);
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulated::mma<T, 32 / sizeof(T)>(d, a, b);
 }
 template <class T>
-inline void mma_k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulated::mma<T, 8>(d, a, b);
+inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulated::mma<T, 16 / sizeof(T)>(d, a, b);
 }
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
@@ -106,6 +107,11 @@ inline uint32_t pack_two(float low, float high) {
     return __is_same(T, bfloat16) ? gpu::float_to_bf16(x) : gpu::float_to_f16(x);
   };
   return one(low) | one(high) << 16;
+}
+
+template <bool kRelu>
+inline uint32_t to_tf32(float v) {
+  return gpu::float_to_tf32_away(kRelu && v < 0 ? 0 : v);
 }
 
 inline void copy_async_16(uint32_t to, const void* from, int bytes = 16) {
