@@ -6,6 +6,7 @@ Most cases are slow because every dtype, layout and block size is a kernel to co
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import grid
@@ -63,6 +64,23 @@ def test_right(arch: str, case: grid.Case, generator: torch.Generator) -> None:
     if case.dtype == torch.bfloat16 and problem.grad_output.numel() > 0:
         instruction = "mma.sync.aligned.m16n8k16"
         assert any(instruction in done.texts["ptx"] for done in emulator.launches)
+
+
+@needs_engine
+@pytest.mark.parametrize("offset", [0, 1e3])
+def test_moments(offset: float, generator: torch.Generator) -> None:
+    case = next(c for c in grid.CASES if c.name == DEFAULT["sm_80"][0])
+    problem = replace(case, needs=()).problem(generator)
+    assert problem.bias is not None
+    problem.bias.add_(offset)
+    dilations = [d for pair in problem.dilations for d in pair]
+    psi = (dilations, problem.scale, problem.shift, problem.relu)
+    with emulated("sm_80"):
+        out, mean, var = launch.forward_with_moments(
+            problem.inputs, problem.weight, problem.bias, *psi
+        )
+    grid.assert_right(problem, {"out": out})
+    grid.assert_moments(out, mean, var)
 
 
 @needs_engine
