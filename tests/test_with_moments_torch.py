@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import block_grid
 import grid
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,9 +131,15 @@ class _Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _layers(x: Tensor, params: dk.D2Params, norm: Any, out_layers: int | None) -> Tensor:
+def _layers(
+    x: Tensor,
+    params: dk.D2Params,
+    norm: Any,
+    out_layers: int | None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """A D2 block layer by layer, as on GPUs."""
-    return block_layers.d2_block([x], params, norm, out_layers or len(params.convs), None)
+    return block_layers.d2_block([x], params, norm, out_layers or len(params.convs), group)
 
 
 _BLOCKS = [
@@ -146,6 +155,21 @@ _BLOCKS = [
 ]
 
 
+def _expected_calls(case: block_grid.Case) -> Counter[str]:
+    taking = [
+        not case.running or (case.mode == "train" and i not in case.frozen and case.size[0] > 0)
+        for i in range(case.layers)
+    ]
+    if case.norm == "per_layer":
+        taking = [any(taking[i:]) for i in range(case.layers)]
+    expected = {
+        "channel_moments": int(taking[0]),
+        "multidilated_conv2d_with_moments": sum(taking[1:]),
+        "multidilated_conv2d": case.layers - sum(taking[1:]),
+    }
+    return Counter({name: calls for name, calls in expected.items() if calls})
+
+
 @pytest.mark.parametrize("norm", block_grid.NORMS)
 @pytest.mark.parametrize("case", _BLOCKS, ids=lambda case: case.name)
 def test_no_feature_is_read_for_its_statistics(
@@ -155,18 +179,32 @@ def test_no_feature_is_read_for_its_statistics(
     block = replace(case, norm=norm).draw(generator)
     with _Counted() as counted:
         out = _layers(block.tensors["x"], block.params(), **block.options())
-    taking = [
-        not case.running or (case.mode == "train" and i not in case.frozen and out.numel() > 0)
-        for i in range(case.layers)
-    ]
-    if norm == "per_layer":
-        taking = [any(taking[i:]) for i in range(case.layers)]
-    expected = {
-        "channel_moments": int(taking[0]),
-        "multidilated_conv2d_with_moments": sum(taking[1:]),
-        "multidilated_conv2d": case.layers - sum(taking[1:]),
-    }
-    assert counted.calls == Counter({k: n for k, n in expected.items() if n})
+    assert counted.calls == _expected_calls(replace(case, norm=norm))
+    assert out.shape == block.tensors["grad_output"].shape
+
+
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()),
+    reason="this torch is built without torch.distributed and gloo",
+)
+@pytest.mark.parametrize("norm", block_grid.NORMS)
+def test_nor_with_a_process_group(norm: str, generator: torch.Generator, tmp_path: Path) -> None:
+    """What a process measures of its own batch is the part it gives to the others."""
+    case = block_grid.Case("", layers=4, norm=norm, frozen=(2,))
+    block = case.draw(generator)
+    expected = block_grid.results_of(_layers, block)
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting_point", rank=0, world_size=1)
+    try:
+        with _Counted() as counted:
+            results = block_grid.results_of(
+                functools.partial(_layers, group=dist.group.WORLD), block
+            )
+    finally:
+        dist.destroy_process_group()
+    forward = {name: n for name, n in counted.calls.items() if "backward" not in name}
+    assert forward == _expected_calls(case)
+    for name, t in expected.items():
+        torch.testing.assert_close(results[name], t, msg=name)
 
 
 @pytest.mark.parametrize("norm", block_grid.NORMS)
