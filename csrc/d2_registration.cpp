@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors parts, Tensors weight
   call.problem.weights_recur = !keep;  // who goes backward has others soon
   const Tensor& x = parts[0];
   const D2Problem& p = call.problem;
-  const ScalarType kept = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+  const ScalarType kept = statistics_type(p.dtype);
   Tensor out = new_output(x, p.batch, p.growth * p.out_layers, p.height, p.width, true);
   Tensor features =
       torch::stable::new_empty(x, Ints{p.batch, p.height, p.width, keep ? call.pitch() : 0});

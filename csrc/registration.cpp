@@ -99,9 +99,8 @@ std::tuple<Tensor, Tensor> channel_moments(Tensor x) {
   if (count > 0)
     cpu::kernels().moments(dtype, view_of(x), x.size(0), channels, x.size(2), x.size(3),
                            moments.data());
-  const ScalarType kept = dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor mean = torch::stable::new_empty(x, Ints{channels}, kept);
-  Tensor variance = torch::stable::new_empty(x, Ints{channels}, kept);
+  Tensor mean = torch::stable::new_empty(x, Ints{channels}, statistics_type(dtype));
+  Tensor variance = torch::stable::new_empty(x, Ints{channels}, statistics_type(dtype));
   assign(mean, moments.data(), 2);
   assign(variance, moments.data() + 1, 2);
   return {std::move(mean), std::move(variance)};

@@ -33,6 +33,11 @@ inline DType dtype_of(const Tensor& t) {
   STD_TORCH_CHECK(false, "d3net_kernels: dtype must be float32, float64, bfloat16 or float16");
 }
 
+/// What statistics are kept in; d3net_kernels/_layout.py holds the same rule.
+inline ScalarType statistics_type(DType dtype) {
+  return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
 inline View view_of(const Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }

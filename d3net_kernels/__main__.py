@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import __version__, _binary, backends, numerics
 from .backends import cuda
-from .functional import multidilated_conv2d
+from .functional import multidilated_conv2d, multidilated_conv2d_with_moments
 
 _ON_GPU = ("cuda", "triton")
 # Sources' channels, growth rate, (N, H, W), size of the kernel: odd sizes, one source, dilations
@@ -143,9 +143,20 @@ def _worst_ratio(
     )
     if backend in _ON_GPU:
         problem = problem.map(Tensor.cuda)
+    moments: list[Tensor] = []
+
+    def with_moments(*arguments: Any, **options: Any) -> Tensor:
+        out, *moments[:] = multidilated_conv2d_with_moments(*arguments, **options)
+        return out
+
+    ratios: list[float] = []
     with backends.use_backend(backend):
-        results = numerics.results_of(multidilated_conv2d, problem)
-    return max(numerics.error_ratios(problem, results, tf32=kind == "tf32").values())
+        for operation in (multidilated_conv2d, with_moments):
+            results = numerics.results_of(operation, problem)
+            ratios += numerics.error_ratios(problem, results, tf32=kind == "tf32").values()
+    mean, var = (t.detach() for t in moments)
+    ratios += numerics.moments_error_ratios(results["out"], mean, var).values()
+    return max(ratios)
 
 
 def bench(arguments: list[str]) -> int:

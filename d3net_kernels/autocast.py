@@ -30,10 +30,10 @@ def _register(op: Any, device: str, dispatch_key: str) -> None:
         shift: Tensor | None,
         relu: bool,
         precision: int,
-    ) -> Tensor:
+    ) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            out: Tensor = op(
+            return op(
                 [_cast(x, dtype) for x in inputs],
                 _cast(weight, dtype),
                 None if bias is None else _cast(bias, dtype),
@@ -43,11 +43,11 @@ def _register(op: Any, device: str, dispatch_key: str) -> None:
                 relu,
                 precision,
             )
-        return out
 
     ops.library.impl(op, kernel, dispatch_key)
 
 
-for _op in (ops.DEFAULT.multidilated_conv2d, ops.TRITON.multidilated_conv2d):
-    _register(_op, "cpu", "AutocastCPU")
-    _register(_op, "cuda", "AutocastCUDA")
+for _ops in (ops.DEFAULT, ops.TRITON):
+    for _op in (_ops.multidilated_conv2d, _ops.with_moments):
+        _register(_op, "cpu", "AutocastCPU")
+        _register(_op, "cuda", "AutocastCUDA")

@@ -1,4 +1,4 @@
-"""Derivatives of the three operators, of every order, in terms of the three operators.
+"""Derivatives of the operators, of every order, in terms of the first three of them.
 
 With y = psi(x) = m (x s + t), m the 0/1 mask of the ReLU and gy the gradient with respect to y:
 
@@ -6,7 +6,8 @@ With y = psi(x) = m (x s + t), m the 0/1 mask of the ReLU and gy the gradient wi
     backward_data         gx = m s gy,  gs = sum m x gy,  gt = sum m gy,  with gy = conv^T(g, w)
     backward_weight       gw = correlation(g, y),  gb = sum g
 
-Kept for the backward pass are the raw inputs, weight, scale and shift: never y, never m.
+Where the moments of out are measured too, their gradients are a part of that of out. Kept for the
+backward pass are the raw inputs, weight, scale and shift: never y, never m.
 
 Registered on the Autograd key and not by torch.library.register_autograd, which does not serve
 torch.func transforms and costs a multiple of this per call for operators that take Tensor[].
@@ -26,6 +27,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from .ops import DEFAULT, TRITON, Operators, library
 from .reference import psi
+from .statistics import gradient_of_moments
 
 # A gradient or None per argument of a node. Autograd sees tensors only outside of lists, so a node
 # takes the sources one by one after the other arguments, and returns lists spread out likewise.
@@ -44,7 +46,7 @@ class _Forward:
         return out
 
     @staticmethod
-    def keep(ctx: Any, flat: tuple[Any, ...]) -> None:
+    def keep(ctx: Any, flat: tuple[Any, ...], results: Any) -> None:
         weight, _, ctx.dilations, scale, shift, ctx.relu, ctx.precision, *inputs = flat
         ctx.save_for_backward(weight, scale, shift, *inputs)
 
@@ -53,6 +55,7 @@ class _Forward:
         ops: Operators = ctx.ops
         weight, scale, shift, *inputs = ctx.saved_tensors
         want_weight, want_bias, _, want_scale, want_shift, _, _, *wanted = ctx.needs_input_grad
+        inputs = inputs[: len(wanted)]  # results may follow them
         if grad_output is None:
             return (None,) * len(ctx.needs_input_grad)
         options = (ctx.dilations, scale, shift, ctx.relu, ctx.precision)
@@ -69,6 +72,32 @@ class _Forward:
         return _only(ctx, *of_others, *grad_inputs)
 
 
+class _ForwardWithMoments:
+    """multidilated_conv2d_with_moments, of the arguments of multidilated_conv2d."""
+
+    @staticmethod
+    def evaluate(ops: Operators, *flat: Any) -> tuple[Tensor, ...]:
+        weight, bias, dilations, scale, shift, relu, precision, *inputs = flat
+        options = (dilations, scale, shift, relu, precision)
+        return tuple(ops.with_moments(inputs, weight, bias, *options))
+
+    @staticmethod
+    def keep(ctx: Any, flat: tuple[Any, ...], results: Any) -> None:
+        weight, _, ctx.dilations, scale, shift, ctx.relu, ctx.precision, *inputs = flat
+        out, mean, _ = results
+        ctx.save_for_backward(weight, scale, shift, *inputs, out, mean)
+
+    @staticmethod
+    def gradients(ctx: Any, grad_output: Tensor | None, *grads: Tensor | None) -> _Gradients:
+        *_, out, mean = ctx.saved_tensors
+        if any(grad is not None for grad in grads):
+            of_mean, of_var = (torch.zeros_like(mean) if g is None else g for g in grads)
+            count = out.numel() // mean.numel()
+            through_moments = gradient_of_moments(out, mean, count, of_mean, of_var)
+            grad_output = through_moments if grad_output is None else grad_output + through_moments
+        return _Forward.gradients(ctx, grad_output)
+
+
 class _BackwardData:
     """multidilated_conv2d_backward_data(grad_output, weight, ..., wanted, *inputs)."""
 
@@ -81,7 +110,7 @@ class _BackwardData:
         return (grad_scale, grad_shift, *grad_inputs)
 
     @staticmethod
-    def keep(ctx: Any, flat: tuple[Any, ...]) -> None:
+    def keep(ctx: Any, flat: tuple[Any, ...], results: Any) -> None:
         grad_output, weight, ctx.dilations, scale, shift, ctx.relu, *others = flat
         ctx.precision, ctx.wanted, *inputs = others
         ctx.save_for_backward(grad_output, weight, scale, shift, *inputs)
@@ -158,7 +187,7 @@ class _BackwardWeight:
         )
 
     @staticmethod
-    def keep(ctx: Any, flat: tuple[Any, ...]) -> None:
+    def keep(ctx: Any, flat: tuple[Any, ...], results: Any) -> None:
         grad_output, weight, ctx.dilations, scale, shift, ctx.relu, *others = flat
         ctx.precision, *inputs = others
         ctx.save_for_backward(grad_output, weight, scale, shift, *inputs)
@@ -218,10 +247,11 @@ def _node(rule: Any, ops: Operators) -> Any:
     def forward(ctx: Any, *flat: Any) -> Any:
         ctx.set_materialize_grads(False)
         ctx.ops = ops
-        rule.keep(ctx, flat)
         # The node turned gradients off, for the outer levels of torch.func too; they need them.
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
-            return rule.evaluate(ops, *flat)
+            results = rule.evaluate(ops, *flat)
+        rule.keep(ctx, flat, results)
+        return results
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(rule.gradients)}
     return type(rule.__name__, (_SingleLevelFunction,), members)
@@ -254,6 +284,7 @@ def _register(
 
 for _ops in (DEFAULT, TRITON):
     _register(_ops.multidilated_conv2d, _Forward, _ops, sources_at=0)
+    _register(_ops.with_moments, _ForwardWithMoments, _ops, sources_at=0)
     _register(
         _ops.backward_data,
         _BackwardData,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import checks
 from ._layout import dtype_for
 from .block_params import ConvParams, D2Params, Norm, NormParams
-from .functional import multidilated_conv2d
+from .functional import multidilated_conv2d, multidilated_conv2d_with_moments
 from .statistics import Statistics, batch_statistics
 
 
@@ -26,7 +27,8 @@ def d2_block(
     """The block through one multidilated convolution a layer; arguments as they were checked.
 
     `parts` are x_0, tensors whose channels follow each other. `group` are the processes that share
-    their batch statistics, None for this one alone.
+    their batch statistics, None for this one alone. For its statistics x_0 is read; a layer's
+    output is made together with them.
     """
     for i, n in enumerate(params.norms):
         checks.running_statistics(i, n)
@@ -34,16 +36,21 @@ def d2_block(
         parts = [torch.cat(list(parts), 1)]
     growth = params.convs[-1].weight.shape[0]
     psi_of = _PsiPerSource if norm == "per_source" else _PsiPerLayer
-    psi = psi_of(params.norms, group)
-    sources, newest = list(parts), list(parts)
-    dilations = [1] * len(parts)
+    use_batch = [_uses_batch(n, parts[0], group) for n in params.norms]
+    psi = psi_of(params.norms, use_batch, dtype_for(parts[0]))
+    sources, dilations = list(parts), [1] * len(parts)
+    statistics = None
+    if psi.measures(0):
+        statistics = _join([batch_statistics(part, group) for part in parts])
     for layer in range(1, len(params.convs) + 1):
-        scale, shift = psi.next(newest)
+        scale, shift = psi.next(statistics)
         weight, bias = _layer_params(params.convs[:layer], layer, growth)
-        made = multidilated_conv2d(
-            sources, weight, bias, dilations=dilations, scale=scale, shift=shift, relu=relu
-        )
-        newest = [made]
+        options: Any = {"dilations": dilations, "scale": scale, "shift": shift, "relu": relu}
+        if psi.measures(layer):
+            made, *moments = multidilated_conv2d_with_moments(sources, weight, bias, **options)
+            statistics = batch_statistics(made, group, moments)
+        else:
+            made, statistics = multidilated_conv2d(sources, weight, bias, **options), None
         sources.append(made)
         dilations.append(1 << layer)
     return sources[-1] if out_layers == 1 else torch.cat(sources[-out_layers:], 1)
@@ -65,18 +72,23 @@ def _layer_params(
 class _PsiPerSource:
     """scale and shift of one layer after the other, each source normalised once."""
 
-    def __init__(self, norms: Sequence[NormParams], group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, norms: Sequence[NormParams], use_batch: Sequence[bool], dtype: torch.dtype
+    ) -> None:
         self._norms = norms
-        self._group = group
+        self._use_batch = use_batch
+        self._dtype = dtype
         self._scales: list[Tensor] = []
         self._shifts: list[Tensor] = []
 
-    def next(self, newest: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Those of the next layer, whose last source is `newest`, in one part or several."""
+    def measures(self, source: int) -> bool:
+        """Whether the batch statistics of this source are used; x_L is none."""
+        return any(self._use_batch[source : source + 1])
+
+    def next(self, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+        """Those of the next layer; the statistics are those of its last source, if measured."""
         norm = self._norms[len(self._scales)]
-        uses_batch = _uses_batch(norm, newest[0], self._group)
-        statistics = _joined_statistics(newest, self._group) if uses_batch else None
-        scale, shift = _scale_and_shift(norm, statistics, newest[0])
+        scale, shift = _scale_and_shift(norm, statistics, self._dtype)
         self._scales.append(scale)
         self._shifts.append(shift)
         return torch.cat(self._scales), torch.cat(self._shifts)
@@ -85,26 +97,26 @@ class _PsiPerSource:
 class _PsiPerLayer:
     """scale and shift of one layer after the other, all sources normalised again by each."""
 
-    def __init__(self, norms: Sequence[NormParams], group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, norms: Sequence[NormParams], use_batch: Sequence[bool], dtype: torch.dtype
+    ) -> None:
         self._norms = norms
-        self._group = group
+        self._use_batch = use_batch
+        self._dtype = dtype
         self._statistics: list[Statistics] = []
         self._layers = 0
 
-    def next(self, newest: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Those of the next layer, whose last source is `newest`, in one part or several."""
-        norm = self._norms[self._layers]
-        x = newest[0]
-        if any(_uses_batch(later, x, self._group) for later in self._norms[self._layers :]):
-            self._statistics.append(_joined_statistics(newest, self._group))
+    def measures(self, source: int) -> bool:
+        """Whether the batch statistics of this source are used; x_L is none."""
+        return any(self._use_batch[source:])
+
+    def next(self, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+        """Those of the next layer; the statistics are those of its last source, if measured."""
+        if statistics is not None:
+            self._statistics.append(statistics)
+        norm, uses_batch = self._norms[self._layers], self._use_batch[self._layers]
         self._layers += 1
-        if not _uses_batch(norm, x, self._group):
-            return _scale_and_shift(norm, None, x)
-        return _scale_and_shift(norm, _join(self._statistics), x)
-
-
-def _joined_statistics(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> Statistics:
-    return _join([batch_statistics(part, group) for part in parts])
+        return _scale_and_shift(norm, _join(self._statistics) if uses_batch else None, self._dtype)
 
 
 def _join(statistics: Sequence[Statistics]) -> Statistics:
@@ -122,13 +134,13 @@ def _uses_batch(norm: NormParams, x: Tensor, group: dist.ProcessGroup | None) ->
 
 
 def _scale_and_shift(
-    norm: NormParams, statistics: Statistics | None, x: Tensor
+    norm: NormParams, statistics: Statistics | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Batch normalisation as one multiplication and one addition per channel."""
     if statistics is None:
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        mean, var = norm.running_mean.to(dtype_for(x)), norm.running_var.to(dtype_for(x))
+        mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     else:
         mean, var, count = statistics
         update_running(norm, mean.detach(), var.detach(), count)

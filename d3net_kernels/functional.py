@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from . import backends, checks, ops, reference
+from .backends import composite
 from .precision import allowed_precision
 
 
@@ -55,18 +57,67 @@ def multidilated_conv2d(
         ValueError: sizes, devices or dilations do not fit together.
         RuntimeError: a forced backend cannot serve these tensors.
     """
+    out: Tensor = _served(
+        False, inputs, weight, bias, dilations, group_channels, scale, shift, relu
+    )
+    return out
+
+
+def multidilated_conv2d_with_moments(
+    inputs: Sequence[Tensor] | Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilations: checks.Dilations | None = None,
+    group_channels: Sequence[int] | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result of :func:`multidilated_conv2d`, and mean and variance of its channels.
+
+    The GPU kernels measure them in the launch that makes the result, which is then not read again;
+    elsewhere they are measured afterwards.
+
+    Args:
+        inputs, weight, bias, dilations, group_channels, scale, shift, relu: as there.
+
+    Returns:
+        out: (N, K, H, W), as there.
+        mean, var: (K,), mean and biased variance of `out`, as it is rounded, over N, H and W;
+            float64 if it is, else float32; NaN if it is empty. Differentiable.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as there.
+    """
+    out, mean, var = _served(
+        True, inputs, weight, bias, dilations, group_channels, scale, shift, relu
+    )
+    return out, mean, var
+
+
+def _served(
+    with_moments: bool,
+    inputs: Sequence[Tensor] | Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilations: checks.Dilations | None,
+    group_channels: Sequence[int] | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> Any:
     sources, flat = checks.problem(
         inputs, weight, bias, dilations, group_channels, scale, shift, relu
     )
     forced = backends.forced_for(sources)
     if forced == "reference":
         pairs = list(zip(flat[::2], flat[1::2], strict=True))
-        return reference.multidilated_conv2d(
+        out = reference.multidilated_conv2d(
             sources, weight, bias, dilations=pairs, scale=scale, shift=shift, relu=relu
         )
+        return (out, *composite.channel_moments(out)) if with_moments else out
     operators = ops.TRITON if forced == "triton" else ops.DEFAULT
+    op = operators.with_moments if with_moments else operators.multidilated_conv2d
     precision = allowed_precision(sources[0].device.type)
-    out: Tensor = operators.multidilated_conv2d(
-        sources, weight, bias, flat, scale, shift, relu, precision
-    )
-    return out
+    return op(sources, weight, bias, flat, scale, shift, relu, precision)

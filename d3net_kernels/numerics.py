@@ -135,6 +135,38 @@ def error_ratios(
     same_dtype = results_of(reference.multidilated_conv2d, problem)
     magnitudes = replace(problem.map(lambda t: t.double().abs()), relu=False)
     magnitude = results_of(reference.multidilated_conv2d, magnitudes)
+    return _ratios(results, truth, same_dtype, magnitude)
+
+
+def moments_error_ratios(out: Tensor, mean: Tensor, var: Tensor) -> dict[str, float]:
+    """The same of mean and biased variance per channel of `out`, by the same rule.
+
+    The distances from a mean that is off by d sum up to a variance that is off by d squared.
+    """
+    values = out.double()
+    center = values.mean((0, 2, 3))
+    distances = values - center[:, None, None]
+    rest = distances.mean((0, 2, 3))  # what rounding left of the mean
+    truth = {"mean": center + rest, "var": distances.square().mean((0, 2, 3)) - rest.square()}
+    same_var, same_mean = torch.var_mean(out.to(mean.dtype), (0, 2, 3), correction=0)
+    # Float64 has no wider type to add up in: n roundings of either sign come to sqrt(n) of them.
+    steps = (out.numel() // mean.numel()) ** 0.5 if mean.dtype == torch.float64 else 1.0
+    of_mean = steps * values.abs().mean((0, 2, 3))
+    roundings = _ACCUMULATOR_ROUNDINGS * torch.finfo(mean.dtype).eps
+    magnitude = {"mean": of_mean, "var": steps * truth["var"] + roundings * of_mean.square()}
+    return _ratios(
+        {"mean": mean, "var": var}, truth, {"mean": same_mean, "var": same_var}, magnitude
+    )
+
+
+def _ratios(
+    results: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    same_dtype: dict[str, Tensor],
+    magnitude: dict[str, Tensor],
+) -> dict[str, float]:
+    """Errors over what is allowed, by the errors of plain torch in the `same_dtype` and by the sums
+    of absolute values of the terms."""
     ratios = {}
     for name, expected in truth.items():
         result = results[name]

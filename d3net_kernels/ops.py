@@ -1,7 +1,7 @@
 """The operators as torch sees them: schemas, strides of results, autograd, autocast, vmap.
 
 Three operators are enough for every order of differentiation: the derivatives of the two backward
-operators are again the three (see `_backward_data_vjp` and `_backward_weight_vjp`).
+operators are again the three (autograd.py). A fourth is the first one with moments of its result.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def _define(schema: str) -> Any:
 
 
 class Operators(NamedTuple):
-    """The three operators: those of one backend call no others, in their backward passes too."""
+    """The operators: those of one backend call no others, in their backward passes too."""
 
     multidilated_conv2d: Any
     backward_data: Any
     backward_weight: Any
+    with_moments: Any
 
     @staticmethod
     def define(name: str) -> Operators:
@@ -54,13 +55,17 @@ class Operators(NamedTuple):
                 f"{name}_backward_weight(Tensor grad_output, {_PROBLEM}, {_OPTIONS})"
                 " -> (Tensor grad_weight, Tensor grad_bias)"
             ),
+            _define(
+                f"{name}_with_moments({_PROBLEM}, Tensor? bias, {_OPTIONS})"
+                " -> (Tensor out, Tensor mean, Tensor var)"
+            ),
         )
 
 
 # What the dispatcher chooses for the tensors' device; and what use_backend("triton") asks for.
 DEFAULT = Operators.define("multidilated_conv2d")
 TRITON = Operators.define("triton_multidilated_conv2d")
-multidilated_conv2d, backward_data, backward_weight = DEFAULT
+multidilated_conv2d, backward_data, backward_weight, with_moments = DEFAULT
 channel_moments = _define("channel_moments(Tensor x) -> (Tensor mean, Tensor var)")
 d2_block = _define(
     f"d2_block(Tensor[] parts, {_BLOCK}, bool keep)"
@@ -83,6 +88,7 @@ for _op, _kernel in (
     (multidilated_conv2d, composite.forward),
     (backward_data, composite.backward_data),
     (backward_weight, composite.backward_weight),
+    (with_moments, composite.forward_with_moments),
     (channel_moments, composite.channel_moments),
 ):
     library.impl(_op, _kernel, "CompositeExplicitAutograd")
@@ -138,6 +144,11 @@ def _fake_backward_weight(
     precision: int,
 ) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _fake_with_moments(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out = _fake_forward(*arguments)
+    return out, *_fake_channel_moments(out)
 
 
 def _fake_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +215,12 @@ def _fake_d2_block_backward(
     return grad_x, groups[0], groups[1], groups[2], groups[3]
 
 
-_FAKES: tuple[Callable[..., Any], ...] = (_fake_forward, _fake_backward_data, _fake_backward_weight)
+_FAKES: tuple[Callable[..., Any], ...] = (
+    _fake_forward,
+    _fake_backward_data,
+    _fake_backward_weight,
+    _fake_with_moments,
+)
 _fakes: list[tuple[Any, Callable[..., Any]]] = [
     *zip(DEFAULT, _FAKES, strict=True),
     *zip(TRITON, _FAKES, strict=True),

@@ -6,6 +6,7 @@ backward, is one all-reduce of float64 numbers a channel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,16 +28,24 @@ class Statistics(NamedTuple):
     size: int | Tensor
 
 
-def batch_statistics(x: Tensor, group: dist.ProcessGroup | None = None) -> Statistics:
+def batch_statistics(
+    x: Tensor,
+    group: dist.ProcessGroup | None = None,
+    moments: Sequence[Tensor] | None = None,
+) -> Statistics:
     """The statistics of `x` (N, C, H, W), differentiable; with a group of all its processes' x.
+
+    `moments` are mean and variance of this process's x, differentiable, if it was made with them;
+    then it is not read for them.
 
     Processes may have batches and maps of different sizes, and empty ones. Where all are empty,
     mean and variance are 0.
     """
     if group is None:
-        mean, var = _BatchStatistics.apply(x)
+        mean, var = _BatchStatistics.apply(x) if moments is None else moments
         return Statistics(mean, var, x.numel() // x.shape[1])
-    return Statistics(*_GroupStatistics.apply(x, group))
+    own = None if moments is None else tuple(t.detach() for t in moments)
+    return Statistics(*_GroupStatistics.apply(x, own, group))
 
 
 class _BatchStatistics(torch.autograd.Function):
@@ -57,34 +66,39 @@ class _BatchStatistics(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         count = x.shape[0] * x.shape[2] * x.shape[3]
-        return _gradient(x, mean, count, grad_mean, grad_var)
+        return gradient_of_moments(x, mean, count, grad_mean, grad_var)
 
 
 class _GroupStatistics(torch.autograd.Function):
     """Every process has its x, and all have the same mean, variance and count.
 
     All their losses depend on those, so that the gradients with respect to them add up.
+    `own` are the moments of x, if known: part of what x gives, no arguments beside it.
     """
 
     @staticmethod
-    def forward(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-        return _combined_moments(x, group)
+    def forward(
+        x: Tensor, own: tuple[Tensor, ...] | None, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _combined_moments(x, own, group)
 
     @staticmethod
     def setup_context(
-        ctx: Any, inputs: tuple[Tensor, dist.ProcessGroup], output: tuple[Tensor, Tensor, Tensor]
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        x, ctx.group = inputs
+        x, _, ctx.group = inputs
         mean, _, count = output
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(x, mean, count)
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(
+        ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor
+    ) -> tuple[Tensor, None, None]:
         x, mean, count = ctx.saved_tensors
         both = _Sum.apply(torch.stack([grad_mean, grad_var]).double(), ctx.group)
         grad_mean, grad_var = both.to(mean.dtype)
-        return _gradient(x, mean, count, grad_mean, grad_var), None
+        return gradient_of_moments(x, mean, count, grad_mean, grad_var), None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -105,7 +119,9 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(grad, ctx.group), None
 
 
-def _combined_moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def _combined_moments(
+    x: Tensor, own: tuple[Tensor, ...] | None, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and count over all processes, the same bits in each.
 
     Sums of squares would cancel where the mean is large, so variances are combined by the distances
@@ -115,9 +131,9 @@ def _combined_moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tens
     channels = x.shape[1]
     table = x.new_zeros((dist.get_world_size(group), 1 + 2 * channels), dtype=torch.float64)
     if x.numel() > 0:  # an empty batch has no moments
-        own = table[dist.get_rank(group)]
-        own[0] = x.numel() // channels
-        own[1:] = torch.cat(ops.channel_moments(x))
+        row = table[dist.get_rank(group)]
+        row[0] = x.numel() // channels
+        row[1:] = torch.cat(ops.channel_moments(x) if own is None else own)
     dist.all_reduce(table, group=group)
     counts, means, variances = table.split([1, channels, channels], 1)
     count = counts.sum()
@@ -128,10 +144,11 @@ def _combined_moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tens
     return mean.to(kept), var.to(kept), count
 
 
-def _gradient(
+def gradient_of_moments(
     x: Tensor, mean: Tensor, count: int | Tensor, grad_mean: Tensor, grad_var: Tensor
 ) -> Tensor:
-    """grad_mean / n + grad_var * 2 (x - mean) / n, in one pass over x."""
+    """Of x: grad_mean / n + grad_var * 2 (x - mean) / n, n = `count`, in one pass over x."""
+    count = count if isinstance(count, Tensor) else max(count, 1)
     slope = grad_var * (2 / count)
     offset = grad_mean / count - mean * slope
     grad = torch.addcmul(offset[:, None, None], x, slope[:, None, None])

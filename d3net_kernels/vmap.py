@@ -97,7 +97,7 @@ def _stack(results: Sequence[Any]) -> tuple[Any, Any]:
     return kind(r for r, _ in stacked), kind(d for _, d in stacked)
 
 
-_RULES: tuple[Callable[..., Any], ...] = (_forward, _backward_data, _looped)
+_RULES: tuple[Callable[..., Any], ...] = (_forward, _backward_data, _looped, _looped)
 for _op, _rule in (
     *zip(ops.DEFAULT, _RULES, strict=True),
     *zip(ops.TRITON, _RULES, strict=True),

@@ -23,6 +23,7 @@ if triton.interpreted():
     import triton_interpreter
 
     triton_interpreter.make_device_calls_cheap()
+    triton_interpreter.add_in_pairs()
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ from torch import Tensor
 import d3net_kernels as dk
 from d3net_kernels import numerics
 from d3net_kernels.backends import composite, triton
+from d3net_kernels.functional import multidilated_conv2d_with_moments
 from d3net_kernels.numerics import Problem
 
 ALL = ("inputs", "weight", "bias", "scale", "shift")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -315,6 +317,35 @@ def assert_right(problem: Problem, results: dict[str, Tensor], *, tf32: bool = F
     for name, result in results.items():
         if name in models:
             assert result.stride() == _expected_strides(result, models[name]), name
+
+
+def with_moments(problem: Problem, **changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mean and variance through the function, maybe with other tensors."""
+    given = problem.tensors() | changes
+    return multidilated_conv2d_with_moments(
+        [given[f"inputs[{i}]"] for i in range(len(problem.inputs))],
+        given["weight"],
+        given.get("bias"),
+        dilations=problem.dilations,
+        scale=given.get("scale"),
+        shift=given.get("shift"),
+        relu=problem.relu,
+    )
+
+
+def assert_moments(out: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Mean and variance of the channels of `out` within the rule of numerics.py.
+
+    They are not finite where the channel is not, and only there.
+    """
+    kept = torch.float64 if out.dtype == torch.float64 else torch.float32
+    assert mean.dtype == var.dtype == kept
+    assert mean.shape == var.shape == out.shape[1:2]
+    finite = out.isfinite().all(3).all(2).all(0)
+    assert torch.equal(mean.isfinite(), finite)
+    assert torch.equal(var.isfinite(), finite)
+    ratios = numerics.moments_error_ratios(out[:, finite], mean[finite], var[finite])
+    assert all(ratio <= 1 for ratio in ratios.values()), ratios
 
 
 def _expected_strides(result: Tensor, model: Tensor) -> tuple[int, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
+import block_grid
 import grid
 import pytest
 import torch
@@ -181,35 +183,28 @@ def test_not_finite_in_the_weight_gradient(
     assert gradient.isfinite().any()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_moments(layout: str, generator: torch.Generator) -> None:
-    """Mean and variance of the output as stored, whatever lies in the tiles' tails."""
-    case = grid.Case("", out_channels=36, size=(2, 30, 41), layout=layout, needs=())
-    problem = case.problem(generator)
-    dilations = [d for pair in problem.dilations for d in pair]
-    out, mean, variance = launch.forward_with_moments(
-        problem.inputs,
-        problem.weight,
-        problem.bias,
-        dilations,
-        problem.scale,
-        problem.shift,
-        problem.relu,
-        0,
-    )
-    grid.assert_right(problem, {"out": out})
-    truth_variance, truth_mean = torch.var_mean(out.double(), (0, 2, 3), correction=0)
-    torch.testing.assert_close(mean.double(), truth_mean, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(variance.double(), truth_variance, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("norm", block_grid.NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_block(
+    dtype: torch.dtype,
+    norm: str,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A D2 block that trains; every layer but the last measures what it makes."""
+    measured = []
+    original = launch.forward_with_moments
 
+    def spy(*arguments: Any) -> Any:
+        measured.append(len(arguments[0]))
+        return original(*arguments)
 
-def test_moments_far_from_zero(generator: torch.Generator) -> None:
-    """A mean of a thousand deviations: the difference of two sums would have lost the variance."""
-    bias = torch.tensor([1000.0])
-    x = torch.randn(2, 1, 40, 50, generator=generator)
-    weight = torch.ones(1, 1, 1, 1)
-    out, _, variance = launch.forward_with_moments([x], weight, bias, [1, 1], None, None, False, 0)
-    torch.testing.assert_close(variance, out.var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
+    monkeypatch.setattr(launch, "forward_with_moments", spy)
+    block = block_grid.Case("", 5, 3, 3, (2, 6, 7), dtype, norm).block(generator)
+    with dk.use_backend("triton"):
+        results = block_grid.ours(block)
+    block_grid.assert_right(block, results)
+    assert measured == [1, 2]
 
 
 def test_same_bits_for_every_number_of_slabs_twice(generator: torch.Generator) -> None:

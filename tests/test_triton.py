@@ -67,6 +67,10 @@ def test_interpreted_cases() -> None:
     _pytest(*(f"{grid}::test_right[triton-{name}]" for name in INTERPRETED))
 
 
+def test_interpreted_moments() -> None:
+    _pytest(str(TESTS / "test_with_moments.py"))
+
+
 def test_interpreted() -> None:
     _pytest(str(TESTS / "interpreted_triton.py"))
 

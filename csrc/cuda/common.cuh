@@ -101,25 +101,32 @@ __device__ inline void finish(const Finish& p) {
     store_as(to.dtype, to.data, (is_last ? row : row * (p.columns - 1) + local) * to.stride, sum);
 }
 
-/// One warp a channel: the mean first, then the squares about it from those about each part's own.
+/// One block a channel: the mean first, then the squares about it from those about the pivots.
 __device__ inline void finish_moments(const FinishMoments& p) {
-  const int64_t channel = thread_index() / 32;
-  if (channel >= p.channels) return;
-  const int lane = threadIdx.x % 32;
+  __shared__ double by_warp[kMomentsThreads / 32];
+  const int64_t channel = blockIdx.x;
   auto at = [&](int64_t part, int i) {
-    return partial_at(p.partial, p.from_double, (part * p.channels + channel) * 3 + i);
+    return partial_at(p.partial, p.from_double, (part * p.channels + channel) * 4 + i);
+  };
+  auto average = [&](double sum) {
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) by_warp[threadIdx.x / 32] = sum;
+    __syncthreads();
+    double total = 0;
+    for (int warp = 0; warp < kMomentsThreads / 32; ++warp) total += by_warp[warp];
+    __syncthreads();  // by_warp may be used again
+    return total / static_cast<double>(p.pixels);
   };
   double sum = 0, squares = 0;
-  for (int64_t part = lane; part < p.parts; part += 32) sum += at(part, 0);
-  const double mean = warp_sum(sum) / static_cast<double>(p.pixels);
-  for (int64_t part = lane; part < p.parts; part += 32) {
-    const double count = at(part, 2);
-    if (count == 0) continue;
-    const double distance = at(part, 0) / count - mean;
-    squares += at(part, 1) + count * distance * distance;
+  for (int64_t part = threadIdx.x; part < p.parts; part += kMomentsThreads)
+    sum += at(part, 3) * at(part, 0) + at(part, 1);
+  const double mean = average(sum);
+  for (int64_t part = threadIdx.x; part < p.parts; part += kMomentsThreads) {
+    const double distance = at(part, 0) - mean;
+    squares += at(part, 2) + distance * (2 * at(part, 1) + at(part, 3) * distance);
   }
-  const double variance = warp_sum(squares) / static_cast<double>(p.pixels);
-  if (lane > 0) return;
+  const double variance = average(squares);
+  if (threadIdx.x > 0) return;
   store_as(p.mean.dtype, p.mean.data, channel * p.mean.stride, mean);
   store_as(p.variance.dtype, p.variance.data, channel * p.variance.stride, variance);
 }

@@ -171,34 +171,39 @@ class Tile {
     }
   }
 
-  /// (sum, sum of squares about this tile's own mean, count): no mean, however large, cancels a
-  /// variance.
+  /// This tile's moments, see FinishMoments.
   __device__ void write_moments() {
     __shared__ A by_warp[kWarps][kDirectOutputs];
-    A sums[kDirectOutputs] = {}, squares[kDirectOutputs] = {}, total[3 * kDirectOutputs];
-    A totals[kDirectOutputs], total_squares[kDirectOutputs];
+    A sums[kDirectOutputs] = {}, rests[kDirectOutputs] = {}, squares[kDirectOutputs] = {};
+    A pivots[kDirectOutputs], total_rests[kDirectOutputs], total_squares[kDirectOutputs];
+    A total[4 * kDirectOutputs];
     const int64_t pixels = p_.batch * p_.height * p_.width - pixel_tile() * kDirectTile;
     const A count = static_cast<A>(pixels < kDirectTile ? pixels : kDirectTile);
 #pragma unroll
     for (int j = 0; j < kDirectOutputs; ++j)
       for (int i = 0; i < kDirectPixels; ++i)
         if (at_[i].inside) sums[j] += sums_[i][j];
-    block_sums(sums, by_warp, totals);
+    block_sums(sums, by_warp, pivots);
 #pragma unroll
-    for (int j = 0; j < kDirectOutputs; ++j)
+    for (int j = 0; j < kDirectOutputs; ++j) {
+      pivots[j] /= count;
       for (int i = 0; i < kDirectPixels; ++i)
         if (at_[i].inside) {
-          const A distance = sums_[i][j] - totals[j] / count;
+          const A distance = sums_[i][j] - pivots[j];
+          rests[j] += distance;
           squares[j] = fma(distance, distance, squares[j]);
         }
+    }
+    block_sums(rests, by_warp, total_rests);
     block_sums(squares, by_warp, total_squares);
 #pragma unroll
     for (int j = 0; j < kDirectOutputs; ++j) {
-      total[3 * j] = totals[j];
-      total[3 * j + 1] = total_squares[j];
-      total[3 * j + 2] = count;
+      total[4 * j] = pivots[j];
+      total[4 * j + 1] = total_rests[j];
+      total[4 * j + 2] = total_squares[j];
+      total[4 * j + 3] = count;
     }
-    write_partial<3>(0, total);
+    write_partial<4>(0, total);
   }
 
   /// kCount values of every output of the tile.

@@ -62,7 +62,7 @@ struct Convolve {
   bool relu;
   int64_t batch, height, width;
   int64_t kernel_h, kernel_w;
-  void* partial;             // [tile of pixels][channels][3 forward, 2 backward] or null
+  void* partial;             // [tile of pixels][channels][4 forward, 2 backward] or null
   int64_t partial_channels;  // of all convolutions
 };
 
@@ -89,9 +89,10 @@ struct Finish {
   Vector last;  // the last column
 };
 
-/// Second stage of the moments: (sum, sum of squares about the part's own mean, count) of parts.
+/// Second stage of the moments. Of each part, (pivot, sum and sum of squares of the distances from
+/// it, count): the pivot is the part's mean as rounded, so that no mean, however large, cancels.
 struct FinishMoments {
-  const void* partial;  // [part][channel][3], double or float
+  const void* partial;  // [part][channel][4], double or float
   bool from_double;
   int64_t parts, pixels, channels;
   Vector mean, variance;
@@ -105,6 +106,7 @@ constexpr int kGradientOutputs = 8;  // of a thread of the weight gradient
 constexpr int kGradientTaps = 3;     // of a thread of the weight gradient
 constexpr int kFinishColumns = 32;   // one warp reads neighbours, the lanes of others other parts
 constexpr int kFinishLanes = 8;
+constexpr int kMomentsThreads = 256;  // of a channel
 
 /// The tile of pixels of a block of a direct kernel.
 constexpr int64_t kDirectTile = int64_t{kDirectThreads} * kDirectPixels;

@@ -334,7 +334,7 @@ void forward(Device& device, Problem p, const Coefficients& coefficients, const 
   auto allocate_partial = [&](int64_t number) {
     parts = number;
     if (moments.mean.data)
-      partial = device.allocate(parts * p.out_channels * 3 * accumulator_bytes(p.dtype));
+      partial = device.allocate(parts * p.out_channels * 4 * accumulator_bytes(p.dtype));
   };
   if (!tensor_refuses(p, device.arch())) {
     TensorConvolutions convolutions(p, tensor_tile(tensor_tiles({p.out_channels})));
@@ -355,7 +355,7 @@ void forward(Device& device, Problem p, const Coefficients& coefficients, const 
     convolutions.run(device, "direct_forward", params);
   }
   if (moments.mean.data)
-    launch(device, "finish_channel_moments", divide_up(p.out_channels * 32, kThreads), kThreads,
+    launch(device, "finish_channel_moments", p.out_channels, kMomentsThreads,
            FinishMoments{partial, is_double(p.dtype), parts, p.batch * p.height * p.width,
                          p.out_channels, moments.mean, moments.variance});
 }

@@ -1,5 +1,6 @@
 // The CUDA implementations of the operators whose schemas d3net_kernels/ops.py declares: unpacks
 // tensors into the plain problem, allocates results, runs the program.
+#include <limits>
 #include <string>
 #include <tuple>
 
@@ -24,16 +25,39 @@ Coefficients coefficients_of(const Problem& p, const Tensor& like, const MaybeTe
           vector_of(bias, p.out_channels, like)};
 }
 
+/// The output, and its moments where they are wanted.
+Tensor output_of(const Arguments& call, const Tensor& like, const Coefficients& coefficients,
+                 const Moments& moments) {
+  const Problem& p = call.problem;
+  Gpu gpu(like);
+  Tensor out = new_empty(like, p.batch, p.out_channels, p.height, p.width, is_channels_last(like));
+  if (!call.empty()) forward(gpu, p, coefficients, view_of(out), moments);
+  return out;
+}
+
 Tensor forward_op(Tensors inputs, Tensor weight, MaybeTensor bias, Ints dilations,
                   MaybeTensor scale, MaybeTensor shift, bool relu, int64_t precision) {
   const Arguments call(inputs, weight, dilations, scale, shift, relu, precision);
+  return output_of(call, inputs[0], coefficients_of(call.problem, inputs[0], scale, shift, bias),
+                   {});
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_with_moments_op(Tensors inputs, Tensor weight,
+                                                           MaybeTensor bias, Ints dilations,
+                                                           MaybeTensor scale, MaybeTensor shift,
+                                                           bool relu, int64_t precision) {
+  const Arguments call(inputs, weight, dilations, scale, shift, relu, precision);
   const Problem& p = call.problem;
   const Coefficients coefficients = coefficients_of(p, inputs[0], scale, shift, bias);
-  Gpu gpu(inputs[0]);
-  Tensor out =
-      new_empty(inputs[0], p.batch, p.out_channels, p.height, p.width, is_channels_last(inputs[0]));
-  if (!call.empty()) forward(gpu, p, coefficients, view_of(out), Moments{});
-  return out;
+  auto statistic = [&] {
+    Tensor t = torch::stable::new_empty(inputs[0], Ints{p.out_channels}, statistics_type(p.dtype));
+    if (call.empty()) torch::stable::fill_(t, std::numeric_limits<double>::quiet_NaN());
+    return t;
+  };
+  Tensor mean = statistic(), variance = statistic();
+  auto vector = [](const Tensor& t) { return Vector{t.data_ptr(), 1, dtype_of(t)}; };
+  Tensor out = output_of(call, inputs[0], coefficients, {vector(mean), vector(variance)});
+  return {std::move(out), std::move(mean), std::move(variance)};
 }
 
 std::tuple<Tensors, Tensor, Tensor> backward_data_op(Tensor grad_output, Tensors inputs,
@@ -108,6 +132,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(d3net_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(d3net_kernels, CUDA, m) {
   m.impl("multidilated_conv2d", TORCH_BOX(&d3net::cuda::forward_op));
+  m.impl("multidilated_conv2d_with_moments", TORCH_BOX(&d3net::cuda::forward_with_moments_op));
   m.impl("multidilated_conv2d_backward_data", TORCH_BOX(&d3net::cuda::backward_data_op));
   m.impl("multidilated_conv2d_backward_weight", TORCH_BOX(&d3net::cuda::backward_weight_op));
 }

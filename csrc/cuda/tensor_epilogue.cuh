@@ -32,7 +32,7 @@ __device__ void Block<Tr>::write_elements(const View& out, F&& value) const {
 }
 
 /// Adds the bias, writes the result through shared memory in rows, and this warp's part of the
-/// moments: (sum, sum of squares about the part's own mean, count).
+/// moments, see FinishMoments.
 template <class Tr>
 __device__ void Block<Tr>::finish_forward() {
   constexpr int bytes = sizeof(T), pitch = R * kColumns * bytes + 16;  // of an output
@@ -61,21 +61,26 @@ __device__ void Block<Tr>::finish_forward() {
       if (!p_.partial) continue;
       const float count = static_cast<float>(rows * columns);
       for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      const float mean = count > 0 ? sum / count : 0.f;
-      float squares = 0;
+      const float pivot = count > 0 ? sum / count : 0.f;
+      float rest = 0, squares = 0;
 #pragma unroll
       for (int y = 0; y < R; ++y)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float distance = sums_[y][j][2 * e + i] - mean;
-          if (y < rows && lane / 4 + 8 * e < columns) squares = fmaf(distance, distance, squares);
+          const float distance = sums_[y][j][2 * e + i] - pivot;
+          if (y >= rows || lane / 4 + 8 * e >= columns) continue;
+          rest += distance;
+          squares = fmaf(distance, distance, squares);
         }
-      for (int step = 4; step < 32; step *= 2) squares += __shfl_xor_sync(~0u, squares, step);
+      for (int step = 4; step < 32; step *= 2) {
+        rest += __shfl_xor_sync(~0u, rest, step);
+        squares += __shfl_xor_sync(~0u, squares, step);
+      }
       if (lane / 4 == 0 && output + i < job_->outputs) {
         const int64_t part = static_cast<int64_t>(blockIdx.x / p_.num_jobs) * kWarps + warp;
-        float* to =
-            p_.partial + (part * p_.partial_channels + job_->partial_channel + output + i) * 3;
-        to[0] = sum, to[1] = squares, to[2] = count;
+        reinterpret_cast<float4*>(
+            p_.partial)[part * p_.partial_channels + job_->partial_channel + output + i] = {
+            pivot, rest, squares, count};
       }
     }
   }

@@ -7,7 +7,7 @@ precision of float32 is up to torch, which reads its own switches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,6 +131,13 @@ def backward_weight(
         for group in _groups(inputs, weight, dilations, scale, shift)
     ]
     return torch.cat(grads, 1).contiguous(), grad_output.sum((0, 2, 3))
+
+
+def forward_with_moments(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel of d3net_kernels::multidilated_conv2d_with_moments: two kernels of the device."""
+    operators = torch.ops.d3net_kernels
+    out: Tensor = operators.multidilated_conv2d(*arguments)
+    return out, *operators.channel_moments(out)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

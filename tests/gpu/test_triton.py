@@ -66,6 +66,30 @@ def test_right(arch: str, case: grid.Case, generator: torch.Generator) -> None:
 
 
 @needs_engine
+@pytest.mark.parametrize("offset", [0, 1e3])
+@pytest.mark.parametrize(
+    ("dtype", "outputs"), [(torch.bfloat16, 12), (torch.float32, 36), (torch.float64, 5)]
+)
+def test_moments(
+    dtype: torch.dtype, outputs: int, offset: float, generator: torch.Generator
+) -> None:
+    """On ragged tiles, of one block of outputs and of two."""
+    psi = "same" if dtype == torch.float64 else "float32"
+    case = grid.Case("", (19, 12), outputs, (2, 9, 35), dtype=dtype, psi=psi, needs=())
+    problem = case.problem(generator)
+    assert problem.bias is not None
+    problem.bias.add_(offset)
+    dilations = [d for pair in problem.dilations for d in pair]
+    rest = (dilations, problem.scale, problem.shift, problem.relu)
+    with emulated("sm_80"):
+        out, mean, var = launch.forward_with_moments(
+            problem.inputs, problem.weight, problem.bias, *rest
+        )
+    grid.assert_right(problem, {"out": out})
+    grid.assert_moments(out, mean, var)
+
+
+@needs_engine
 def test_wgmma(generator: torch.Generator) -> None:
     """Where a configuration has the warps for it."""
     case = grid.Case(

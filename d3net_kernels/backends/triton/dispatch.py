@@ -17,8 +17,8 @@ from ... import ops
 from .. import composite
 from . import interpreted, why_not
 
-_NAMES = ("forward", "backward_data", "backward_weight")
-_SOURCES_AT = (0, 1, 1)
+_NAMES = ("forward", "backward_data", "backward_weight", "forward_with_moments")
+_SOURCES_AT = (0, 1, 1, 0)
 
 
 def _kernel(name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""From tensors to launches: the kernels of the three operators, with the signatures of ops.py."""
+"""From tensors to launches: the kernels of the operators, with the signatures of ops.py."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from . import configs, interpreted
 from .kernels import parts
 from .kernels.backward_data import backward_data as backward_data_kernel
 from .kernels.backward_weight import backward_weight as backward_weight_kernel
+from .kernels.finish_moments import finish_moments as finish_moments_kernel
 from .kernels.forward import forward as forward_kernel
 from .prepared import Prepared, prepare
 from .views import Source, View, alignment, layout_of, need_wide_offsets, packed_sources
@@ -26,6 +27,7 @@ _TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+_FINISHED = (256, 4)  # tiles and channels that a program puts together at once
 _NOT_WANTED = View(0, 0, 0, 0, 0, 0)  # for the gradient of a source
 
 
@@ -53,13 +55,10 @@ def forward_with_moments(
     relu: bool,
     precision: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and mean and biased variance (K,) of its channels, from the same launch.
-
-    They are those of channel_moments, NaN where there is nothing to average.
-    """
+    """Kernel of d3net_kernels::multidilated_conv2d_with_moments, all three from one launch."""
     call = _Call(inputs, weight, dilations, scale, shift, relu, precision)
     tiles = call.tiles(call.config("forward", weight.shape[0]))
-    moments = call.accumulators(tiles, 3, weight.shape[0])
+    moments = call.accumulators(tiles, 4, weight.shape[0])
     out = _forward(call, bias, moments)
     return out, *_mean_and_variance(moments, out)
 
@@ -354,15 +353,24 @@ def _forward(call: _Call, bias: Tensor | None, moments: Tensor | None) -> Tensor
 
 
 def _mean_and_variance(moments: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Tiles' sums and squared deviations from their own means, put together (Chan et al. 1979).
-
-    `moments` is (tiles of all images, 3, K): number of pixels, sum, squared deviations.
-    """
-    counts, sums, deviations = moments.double().unbind(1)
-    total = counts.sum(0)
-    mean = sums.sum(0) / total
-    variance = (deviations + counts * (sums / counts - mean).square()).sum(0) / total
-    return mean.to(moments.dtype), variance.to(moments.dtype)
+    """Those of all tiles, put together from each one's `moments` (tiles, 4, K)."""
+    tiles, _, outputs = moments.shape
+    mean, var = (moments.new_full((outputs,), torch.nan) for _ in range(2))
+    if out.numel() == 0:
+        return mean, var
+    with torch.cuda.device(out.device if out.is_cuda else -1):
+        finish_moments_kernel[(-(-outputs // _FINISHED[1]),)](
+            moments,
+            mean,
+            var,
+            tiles,
+            outputs,
+            TILES=_FINISHED[0],
+            CHANNELS=_FINISHED[1],
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return mean, var
 
 
 def _precision(dtype: torch.dtype, allowed: int) -> str:

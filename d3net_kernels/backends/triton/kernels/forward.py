@@ -33,7 +33,9 @@ def _write_output(
     BIAS: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
-    """One block of outputs; with MOMENTS also count, sum and squared deviations of each."""
+    """One block of outputs; with MOMENTS also of each (pivot, sum and sum of squares of the
+    distances from it, count): the pivot is the mean as rounded, so that no mean, however large,
+    cancels."""
     there = k < K
     if BIAS:
         acc += tl.load(bias + k, mask=there, other=0).to(acc.dtype)[None, :]
@@ -42,13 +44,13 @@ def _write_output(
     tl.store(out + offsets, values, mask=inside[:, None] & there[None, :])
     if MOMENTS:
         kept = tl.where(inside[:, None], values.to(acc.dtype), tl.zeros_like(acc))
-        total = tl.sum(kept, 0)
         count = tl.sum(inside.to(acc.dtype), 0)
-        mean = total / count
-        away = tl.where(inside[:, None], kept - mean[None, :], tl.zeros_like(acc))
-        tl.store(moments + k, count, mask=there)
-        tl.store(moments + K + k, total, mask=there)
+        pivot = tl.sum(kept, 0) / count
+        away = tl.where(inside[:, None], kept - pivot[None, :], tl.zeros_like(acc))
+        tl.store(moments + k, pivot, mask=there)
+        tl.store(moments + K + k, tl.sum(away, 0), mask=there)
         tl.store(moments + 2 * K + k, tl.sum(away * away, 0), mask=there)
+        tl.store(moments + 3 * K + k, count, mask=there)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
@@ -85,7 +87,7 @@ def forward(
 
     `prepared` is (N, H, W, pitch), psi of all sources as prepare.py writes it. `weight` is
     (kh, kw, pitch, K), zeros at the channels that fill up sources and behind the last K to whole
-    blocks. `moments` is (programs of axis 0, 3, K).
+    blocks. `moments` is (programs of axis 0, 4, K).
     """
     area = area_of(H, W, WIDE)
     tiles = tl.cdiv(area, PIXELS)
@@ -136,7 +138,7 @@ def forward(
 
     inside = p < area
     out += n * out_stride_n
-    moments += tl.program_id(0).to(tl.int64) * 3 * K
+    moments += tl.program_id(0).to(tl.int64) * 4 * K
     _write_output(
         out, moments, bias, acc, p, k, K, inside, out_stride_c, out_stride_w, BIAS, MOMENTS
     )
