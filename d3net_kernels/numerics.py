@@ -135,7 +135,7 @@ def error_ratios(
     same_dtype = results_of(reference.multidilated_conv2d, problem)
     magnitudes = replace(problem.map(lambda t: t.double().abs()), relu=False)
     magnitude = results_of(reference.multidilated_conv2d, magnitudes)
-    return _ratios(results, truth, same_dtype, magnitude)
+    return _ratios(results, truth, same_dtype, magnitude, _TF32_EPS if tf32 else 0)
 
 
 def moments_error_ratios(out: Tensor, mean: Tensor, var: Tensor) -> dict[str, float]:
@@ -164,9 +164,10 @@ def _ratios(
     truth: dict[str, Tensor],
     same_dtype: dict[str, Tensor],
     magnitude: dict[str, Tensor],
+    factor_eps: float = 0,
 ) -> dict[str, float]:
     """Errors over what is allowed, by the errors of plain torch in the `same_dtype` and by the sums
-    of absolute values of the terms."""
+    of absolute values of the terms, both factors of which may have been rounded by factor_eps."""
     ratios = {}
     for name, expected in truth.items():
         result = results[name]
@@ -174,9 +175,8 @@ def _ratios(
         rounding = (
             torch.finfo(result.dtype).eps * expected.abs()
             + _ACCUMULATOR_ROUNDINGS * torch.finfo(accumulator).eps * magnitude[name]
+            + 2 * factor_eps * magnitude[name]
         )
-        if tf32:
-            rounding += 2 * _TF32_EPS * magnitude[name]
         composition = _distance(same_dtype[name], expected)
         composition = composition[composition.isfinite()]
         allowed = rounding + (composition.max() if composition.numel() else 0)

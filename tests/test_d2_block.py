@@ -242,8 +242,8 @@ def test_high_precision(
 def test_medium_precision(
     norm: str, mode: str, switch: Callable[[str], None], generator: torch.Generator
 ) -> None:
-    """No further from the truth than plain torch in bfloat16, on average of several draws and of the
-    sources: in a single one a ReLU's input may round to the other side of zero for one of them
+    """No further from the truth than plain torch in bfloat16, on average of several draws and of
+    the sources: in a single one a ReLU's input may round to the other side of zero for one of them
     alone, which moves a gradient of few numbers by much. Half as much again is for the luck that is
     left (the ratio's median is .8, its 999th of 1000 draws 1.3)."""
     errors: dict[str, list[tuple[float, float]]] = {}

@@ -80,7 +80,7 @@ def test_moments(
     assert problem.bias is not None
     problem.bias.add_(offset)
     dilations = [d for pair in problem.dilations for d in pair]
-    rest = (dilations, problem.scale, problem.shift, problem.relu)
+    rest = (dilations, problem.scale, problem.shift, problem.relu, 0)
     with emulated("sm_80"):
         out, mean, var = launch.forward_with_moments(
             problem.inputs, problem.weight, problem.bias, *rest
