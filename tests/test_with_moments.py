@@ -140,8 +140,8 @@ def test_gradients(backend: str | None, generator: torch.Generator) -> None:
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
     dilations = [d for pair in problem.dilations for d in pair]
-    psi = (dilations, problem.scale, problem.shift, problem.relu)
-    return (problem.inputs, problem.weight, problem.bias, *psi)
+    options = (dilations, problem.scale, problem.shift, problem.relu, 0)
+    return (problem.inputs, problem.weight, problem.bias, *options)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
