@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import d3net_kernels as dk
-from d3net_kernels import ops
+from d3net_kernels import numerics, ops, reference
 from d3net_kernels.functional import multidilated_conv2d_with_moments
 from d3net_kernels.precision import PRECISIONS, allowed_precision
 
@@ -128,3 +128,35 @@ def test_compiled_as_the_switch_was_when_traced(dynamic: bool) -> None:
         compiled(x, weight)
     compiled(x, weight)
     assert traced == [HIGH]
+
+
+# Of adjacent channels: those are convolved on tiles.
+LAYER = grid.Case(
+    "", (48, 36), 36, (1, 24, 70), layout="channels_last", grad_layout="channels_last"
+)
+
+
+@pytest.mark.skipif(dk.why_not("cpu") is not None, reason="no compiled kernels")
+def test_high_on_cpus(generator: torch.Generator) -> None:
+    """Larger tiles in single layers too: other bits, within five times plain torch's error."""
+    problem = LAYER.problem(generator)
+    exact = numerics.results_of(dk.multidilated_conv2d, problem)
+    with switched(torch.backends.mkldnn.conv, "tf32"):
+        results = numerics.results_of(dk.multidilated_conv2d, problem)
+    assert max(numerics.error_ratios(problem, results).values()) <= 5
+    transformed = ("out", "grad inputs[0]", "grad weight")
+    assert all(not torch.equal(results[name], exact[name]) for name in transformed)
+
+
+@pytest.mark.skipif(dk.why_not("cpu") is not None, reason="no compiled kernels")
+def test_medium_on_cpus(generator: torch.Generator) -> None:
+    """No further from the truth than plain torch on numbers rounded to bfloat16."""
+    problem = LAYER.problem(generator)
+    truth = numerics.results_of(reference.multidilated_conv2d, problem.map(Tensor.double))
+    rounded = numerics.results_of(reference.multidilated_conv2d, problem.map(Tensor.bfloat16))
+    with switched(torch.backends.mkldnn.conv, "bf16"):
+        results = numerics.results_of(dk.multidilated_conv2d, problem)
+    for name, result in results.items():
+        assert result.dtype == torch.float32
+        found, allowed = ((t.double() - truth[name]).norm() for t in (result, rounded[name]))
+        assert found <= allowed, name

@@ -85,11 +85,13 @@ class TileLayer {
     if (!adjacent(gradient) || !fills_vectors(p.out_channels)) return false;
     static thread_local Scratch memory;
     std::vector<WeightGradient> gradients;
+    Machine machine = machine_of<float>();
+    machine.pairs = false;
     int64_t size = 0;
     each_group([&](const Group& g) {
       WeightGradient& w = gradients.emplace_back();
       w.shape = shape_of(g);
-      w.algorithm = plan_of(w.shape).algorithm;
+      w.algorithm = plan_of(w.shape, machine).algorithm;
       w.input = input_of(g);
       w.gradient = slab<const float>(gradient);
       w.to = weight + g.channel * p.kernel_h * p.kernel_w;
@@ -155,8 +157,8 @@ class TileLayer {
     return {p.batch,    p.height,   p.width,           g.channels,        p.out_channels,
             p.kernel_h, p.kernel_w, source.dilation_h, source.dilation_w, g.last - g.first};
   }
-  static PassPlan plan_of(const PassShape& shape) {
-    return plan_pass(shape, Precision::highest, false, machine_of<float>());
+  PassPlan plan_of(const PassShape& shape, Machine machine = machine_of<float>()) const {
+    return plan_pass(shape, p.precision, false, machine);
   }
   TileInput<float, float> input_of(const Group& g) const {
     TileInput<float, float> input;
