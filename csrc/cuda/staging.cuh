@@ -96,30 +96,22 @@ __device__ inline void load_elements(Four<T> (&raw)[kSlot<T>], const T* from, Ac
     raw[c] = four_elements(from, stride_w, c < channels ? inside : 0u);
 }
 
-/// Pixels as load_elements leaves them by pixels, to how it leaves them by rows.
-template <class T>
-__device__ inline void pixels_to_rows(Four<T> (&raw)[kSlot<T>]) {
-  Four<T> rows[kSlot<T>];
-  if constexpr (sizeof(T) == 4) {
-    rows[0] = {raw[0].x, raw[1].x, raw[2].x, raw[3].x};
-    rows[1] = {raw[0].y, raw[1].y, raw[2].y, raw[3].y};
-    rows[2] = {raw[0].z, raw[1].z, raw[2].z, raw[3].z};
-    rows[3] = {raw[0].w, raw[1].w, raw[2].w, raw[3].w};
-  } else {
+/// 16-bit pixels as load_elements leaves them by pixels, to how it leaves them by rows.
+__device__ inline void pixels_to_rows(uint2 (&raw)[8]) {
+  uint2 rows[8];
 #pragma unroll
-    for (int c = 0; c < 8; c += 2) {
-      auto two_channels = [&](int pixel) {
-        const uint2& four = raw[2 * pixel + c / 4];
-        return c % 4 ? four.y : four.x;
-      };
-      rows[c] = {ptx::low_halves(two_channels(0), two_channels(1)),
-                 ptx::low_halves(two_channels(2), two_channels(3))};
-      rows[c + 1] = {ptx::high_halves(two_channels(0), two_channels(1)),
-                     ptx::high_halves(two_channels(2), two_channels(3))};
-    }
+  for (int c = 0; c < 8; c += 2) {
+    auto two_channels = [&](int pixel) {
+      const uint2& four = raw[2 * pixel + c / 4];
+      return c % 4 ? four.y : four.x;
+    };
+    rows[c] = {ptx::low_halves(two_channels(0), two_channels(1)),
+               ptx::low_halves(two_channels(2), two_channels(3))};
+    rows[c + 1] = {ptx::high_halves(two_channels(0), two_channels(1)),
+                   ptx::high_halves(two_channels(2), two_channels(3))};
   }
 #pragma unroll
-  for (int c = 0; c < kSlot<T>; ++c) raw[c] = rows[c];
+  for (int c = 0; c < 8; ++c) raw[c] = rows[c];
 }
 
 constexpr uint32_t kAllInside = (1u << kPixelsALoad) - 1;
@@ -137,21 +129,23 @@ __device__ inline uint32_t pixels_inside(int w, int width) {
   return bits;
 }
 
-/// psi of four neighbours of a slot's channels to their slots: transposed.
-template <class T, Prologue kPrologue>
+/// psi of four neighbours of a slot's channels to their slots: transposed, unless they came by
+/// pixels in float32, whose four channels are a slot already.
+template <class T, Prologue kPrologue, bool kByPixels = false>
 __device__ inline void store_pixels(uint32_t to, const Four<T> (&raw)[kSlot<T>],
                                     const HalfPsi<T>& psi) {
   constexpr bool relu = kPrologue == Prologue::affine_relu;
 #pragma unroll
   for (int pixel = 0; pixel < kPixelsALoad; ++pixel) {
-    auto psi_of = [&](int c) {
-      return fmaf(element<T>(raw[c], pixel), psi.scale[c], psi.shift[c]);
+    auto x = [&](int c) {
+      return kByPixels ? element<T>(raw[pixel], c) : element<T>(raw[c], pixel);
     };
+    auto psi_of = [&](int c) { return fmaf(x(c), psi.scale[c], psi.shift[c]); };
     uint32_t slot[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (sizeof(T) == 4 && kPrologue == Prologue::none) {
-        slot[i] = ptx::to_tf32<false>(element<T>(raw[i], pixel));
+        slot[i] = ptx::to_tf32<false>(x(i));
       } else if constexpr (sizeof(T) == 4) {
         slot[i] = ptx::to_tf32<relu>(psi_of(i));
       } else if constexpr (kPrologue == Prologue::none) {

@@ -159,18 +159,25 @@ class Block {
     if (s.channels <= kSlot<T> * half) return;  // multiply() does not read that half
     HalfPsi<T> psi;
     if constexpr (Tr::kPrologue != Prologue::none) psi.load(p_.coefficients, s.chunk, half);
-    if (s.access == Access::pixels)
-      for (auto& raw : raw_) pixels_to_rows<T>(raw);
+    constexpr bool is_float = sizeof(T) == 4;
+    const bool by_pixels = s.access == Access::pixels;
+    if constexpr (!is_float)
+      if (by_pixels)
+        for (auto& raw : raw_) pixels_to_rows(raw);
     with_kind(s.kind, [&](auto k) {
 #pragma unroll
       for (int pass = 0; pass < kPrefetch; ++pass) {
         const Unit u = unit<k.value>(pass);
         if (!u.there) continue;
         const uint32_t to = base_ + buffer * Tr::kStageBytes + u.slot * 16;
-        if (inside_[pass])
-          store_pixels<T, Tr::kPrologue>(to, raw_[pass], psi);
-        else
+        if (inside_[pass]) {
+          if (is_float && by_pixels)
+            store_pixels<T, Tr::kPrologue, is_float>(to, raw_[pass], psi);
+          else
+            store_pixels<T, Tr::kPrologue>(to, raw_[pass], psi);
+        } else {
           store_zeros(to);
+        }
         if (s.access != Access::rows) store_zeros_outside(to, inside_[pass]);
       }
     });

@@ -111,7 +111,7 @@ class WeightBlock {
   /// psi of the registers to the ring.
   __device__ void store(int step) {
     if (!there_) return;
-    if (job_.access == Access::pixels) pixels_to_rows<T>(raw_);
+    if (job_.access == Access::pixels) pixels_to_rows(raw_);
     HalfPsi<T> psi;  // loaded anew: the registers do not hold it beside the sums
     psi.load(p_.coefficients, job_.chunk, half());
     const int row = (kWeightRows * step + staged_row()) & (kRingRows - 1);

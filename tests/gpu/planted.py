@@ -78,7 +78,7 @@ BUGS = [
                 "inside_[pass] = 0;",
                 "for (auto& raw : raw_[pass]) raw = {};\n        inside_[pass] = 0;",
             ),
-            Change("tensor.cuh", "if (inside_[pass])\n", "if (true)\n"),
+            Change("tensor.cuh", "if (inside_[pass]) {", "if (true) {"),
         ),
     ),
     Bug(
