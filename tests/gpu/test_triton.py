@@ -1,7 +1,8 @@
 """The Triton kernels as compiled for GPUs: their PTX executed on the CPU, their resources.
 
 Triton compiles for any architecture anywhere; what differs from a GPU is the machine that executes.
-Most cases are slow because every dtype, layout and block size is a kernel to compile.
+Most cases are slow because every dtype, layout and block size is a kernel to compile; README.md
+says how long they take.
 """
 
 from __future__ import annotations

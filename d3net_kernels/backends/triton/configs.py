@@ -106,8 +106,8 @@ _SHIPPED = {
 # Elements of scattered tensors have offsets of their own, in registers: fewer elements a thread.
 _SCATTERED = {
     2: {
-        "forward": (Config(128, 16, 4, 3),) * 3,
-        "backward_data": (Config(128, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
+        "forward": (Config(64, 16, 4, 3), Config(128, 16, 4, 3), Config(128, 16, 4, 3)),
+        "backward_data": (Config(64, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
         "backward_weight": (Config(32, 16, 2, 2), Config(16, 32, 2, 2), Config(16, 32, 4, 2)),
     },
     4: {

@@ -14,7 +14,7 @@ from ... import _layout
 from .kernels.prepare import prepare as kernel
 from .views import Source, View, alignment, layout_of, need_wide_offsets, packed_sources
 
-_PIXELS, _PIXELS_SCATTERED, _WARPS = 512, 256, 4  # of a program; see configs.Key
+_PIXELS, _PIXELS_SCATTERED, _WARPS = 512, 128, 4  # of a program; see configs.Key
 
 
 class Prepared(NamedTuple):
