@@ -133,6 +133,23 @@ def test_output_blocks_of_d3net() -> None:
     assert configs.output_blocks([20]) == (16, 8)
 
 
+@pytest.mark.parametrize(
+    ("arch", "dtype", "blocks"),
+    [
+        ("sm_80", torch.bfloat16, (32, 32)),
+        ("sm_89", torch.float16, (32, 32)),
+        ("sm_80", torch.float32, (64, 0)),
+        ("sm_90", torch.bfloat16, (64, 0)),
+        ("gfx942", torch.bfloat16, (64, 0)),
+    ],
+)
+def test_convolved_blocks(arch: str, dtype: torch.dtype, blocks: tuple[int, int]) -> None:
+    """Two products where Triton would prefetch for one."""
+    assert configs.convolved_blocks([64], arch, dtype) == blocks
+    assert configs.convolved_blocks([36], arch, dtype) == (32, 8)
+    assert configs.convolved_blocks([8], arch, dtype) == (8, 0)
+
+
 def test_alignment() -> None:
     """Runs of elements that one load may take, in a type of 2 bytes."""
 
@@ -152,7 +169,10 @@ def test_alignment() -> None:
 
 
 def test_wide_offsets_of_dense_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expanded source takes no room; its gradient does, where it is wanted."""
+    """An expanded source takes no room; its gradient does, where it is wanted.
+
+    64-bit offsets take registers: they come with smaller tiles.
+    """
     decisions = []
     x = torch.empty(1, 1, 1024, 1024, device="meta").expand(1, 4096, 1024, 1024)
     weight, grad_output = x.new_empty(1, 4096, 1, 1), x.new_empty(1, 1, 1024, 1024)
@@ -165,7 +185,7 @@ def test_wide_offsets_of_dense_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
             return self
 
         def __call__(self, *_: object, **options: object) -> None:
-            decisions.append(options["WIDE"])
+            decisions.append((options["WIDE"], options["PIXELS"]))
 
     monkeypatch.setattr(configs, "arch_of", lambda _: "sm_80")
     monkeypatch.setattr(configs, "tuned", lambda _: {})
@@ -174,7 +194,13 @@ def test_wide_offsets_of_dense_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
     scale = x.new_empty(4096)
     for wanted in ([1], [0]):
         launch.backward_data(grad_output, [x], weight, [1, 1], scale, scale, False, 0, wanted)
-    assert decisions == [True, False]
+    keys = [
+        configs.Key("backward_data", "sm_80", torch.float32, 64, scattered)
+        for scattered in (True, False)
+    ]
+    scattered, plain = (configs.shipped(key).pixels for key in keys)
+    assert decisions == [(True, scattered), (False, plain)]
+    assert scattered < plain
 
 
 def test_channel_blocks() -> None:
@@ -269,8 +295,8 @@ def test_tuned_configuration_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "file.json").write_text(json.dumps({key.name: numbers}))
     configs.tuned.cache_clear()
     assert configs.config_for(key, device) == configs.Config(**numbers)
-    other = key._replace(dtype=torch.float16)
-    assert configs.config_for(other, device) == configs.shipped(other)
+    for other in (key._replace(dtype=torch.float16), key._replace(scattered=True)):
+        assert configs.config_for(other, device) == configs.shipped(other)
     configs.tuned.cache_clear()
 
 

@@ -196,6 +196,29 @@ def test_pairs_of_bfloat16(rng: np.random.Generator, relu: str) -> None:
         assert np.all(half[nan] == 0x7FFF)
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize(("name", "truth"), [("le", np.less_equal), ("gtu", np.greater)])
+def test_comparison_of_pairs(
+    rng: np.random.Generator, kind: str, name: str, truth: Callable[[Any, Any], Any]
+) -> None:
+    """The first predicate is about the low halves; gtu holds where a number is NaN, too."""
+    a, b = numbers(rng, U32), rng.permutation(numbers(rng, U32))
+    got = elementwise(
+        f"{{ .reg .pred q, s; .reg .b32 z; setp.{name}.{kind}x2 q|s, x0, x1;"
+        "selp.b32 y, 1, 0, q; selp.b32 z, 2, 0, s; or.b32 y, y, z; }",
+        [a, b],
+        U32,
+    )
+    for bit in (0, 1):
+        x, y = (
+            half.view(F16).astype(F32) if kind == "f16" else (half.astype(U32) << 16).view(F32)
+            for half in ((n >> np.uint32(16 * bit)).astype(U16) for n in (a, b))
+        )
+        unordered = np.isnan(x) | np.isnan(y)
+        expected = truth(x, y) | (unordered if name == "gtu" else False)
+        np.testing.assert_array_equal(got >> np.uint32(bit) & 1, expected)
+
+
 def test_tf32_ties_go_away_from_zero() -> None:
     ties = np.array([0x3F801000, 0xBF801000, 0x3F800FFF, 0x3F803000], U32)
     got = elementwise("cvt.rna.tf32.f32 y, x0;", [np.resize(ties, 32)], U32)[:4]

@@ -1,11 +1,14 @@
 """The Triton kernels as compiled for GPUs: their PTX executed on the CPU, their resources.
 
 Triton compiles for any architecture anywhere; what differs from a GPU is the machine that executes.
-Most cases are slow because every dtype, layout and block size is a kernel to compile.
+Most cases are slow because every dtype, layout and block size is a kernel to compile; README.md
+says how long they take.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import grid
@@ -16,15 +19,28 @@ import gpu
 
 pytest.importorskip("triton", reason="pip install triton")
 
-from d3net_kernels.backends.triton import configs, launch
+from d3net_kernels.backends.triton import configs, launch, prepared
 
-from .triton_driver import Launch, assembled_for, emulated
+from d3net_kernels.precision import PRECISIONS
+
+from .triton_driver import Launch, emulated, static_resources
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
 needs_engine = pytest.mark.skipif(gpu.why_no_engine() is not None, reason=str(gpu.why_no_engine()))
-needs_ptxas = pytest.mark.skipif(gpu.why_no_nvcc() is not None, reason=str(gpu.why_no_nvcc()))
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+KINDS = {  # dtype, and the precision that the operators are given
+    **{str(dtype).removeprefix("torch."): (dtype, PRECISIONS["highest"]) for dtype in DTYPES},
+    "tf32": (torch.float32, PRECISIONS["high"]),
+}
+SHIPPED_FOR = ("sm_80", "sm_90")
+MEMORY = {  # how all sources lie, in the words of grid.LAYOUTS; "mixed" takes turns
+    "planes": "contiguous",
+    "odd": "contiguous",  # of an odd number of pixels, which are loaded one by one
+    "last": "channels_last",
+    "strided": "every_other",
+    "mixed": "",
+}
 # Sources and outputs: a layer of D3Net for every bucket of outputs of configs.py, and blocks of
 # outputs in two pieces beside them.
 LAYERS = {
@@ -141,71 +157,85 @@ def test_numbers_of_sources_make_few_kernels(generator: torch.Generator) -> None
     assert len(texts) == 2  # prepare and forward
 
 
-def compiled(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> list[Launch]:
+def compiled(
+    arch: str,
+    dtype: torch.dtype,
+    layer: str,
+    layout: str = "planes",
+    kernel: int = 3,
+    precision: int = 0,
+) -> list[Launch]:
     """The three kernels of a layer and what prepares for them, compiled and not executed."""
     channels, outputs = LAYERS[layer]
-    memory = torch.channels_last if channels_last else torch.contiguous_format
+    size = (31, 63) if layout == "odd" else (32, 64)
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype).contiguous(memory_format=memory)
+    def image(c: int, layout: str) -> torch.Tensor:
+        lay_out = grid.LAYOUTS[MEMORY[layout]]
+        return lay_out(torch.empty(2, c, *size, dtype=dtype))
 
-    inputs = [empty(2, c, 32, 64) for c in channels]
-    weight = torch.empty(outputs, sum(channels), 3, 3, dtype=dtype)
+    layouts = itertools.cycle(["planes", "last"] if layout == "mixed" else [layout])
+    inputs = [image(c, own) for c, own in zip(channels, layouts, strict=False)]
+    weight = torch.empty(outputs, sum(channels), kernel, kernel, dtype=dtype)
     scale = torch.empty(sum(channels))
     dilations = [d for i in range(len(channels)) for d in (1 << i, 1 << i)]
-    options = (dilations, scale, scale, True, 0)
-    grad_output = empty(2, outputs, 32, 64)
+    options = (dilations, scale, scale, True, precision)
+    grad_output = image(outputs, "planes")
     with emulated(arch, execute=False) as emulator:
         launch.forward(inputs, weight, weight[:, 0, 0, 0], *options)
+        launch.forward_with_moments(inputs, weight, weight[:, 0, 0, 0], *options)
         launch.backward_data(grad_output, inputs, weight, *options, [1] * len(inputs))
         launch.backward_weight(grad_output, inputs, weight, *options)
     return emulator.launches
 
 
-def some_not_slow(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> object:
-    usual = dtype == torch.bfloat16 and layer in ("middle", "44") and not channels_last
-    kind = "channels_last" if channels_last else "planes"
-    return pytest.param(
-        arch,
-        dtype,
-        layer,
-        channels_last,
-        marks=() if usual else pytest.mark.slow,
-        id=f"{arch}-{str(dtype).removeprefix('torch.')}-{layer}-{kind}",
-    )
+def spilling(arch: str, launches: list[Launch]) -> list[str]:
+    """The kernels that keep registers in memory."""
+    found = []
+    for done in launches:
+        used = static_resources(done, arch)
+        if used.spill_stores or used.spill_loads:
+            found.append(f"{done.name}: {used}")
+    return found
 
 
-@needs_ptxas
+@pytest.mark.parametrize("layer", ["middle", "44"])
+@pytest.mark.parametrize("arch", SHIPPED_FOR)
+def test_no_spills(arch: str, layer: str) -> None:
+    assert spilling(arch, compiled(arch, torch.bfloat16, layer)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", SHIPPED_FOR)
+def test_no_spills_in_any_variant(
+    arch: str, kind: str, layer: str, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the shipped configurations: all layouts, 64-bit offsets, TF32, 5x5."""
+    dtype, precision = KINDS[kind]
+    for module in (launch, prepared):
+        monkeypatch.setattr(module, "need_wide_offsets", lambda _: wide)
+    of_layer = functools.partial(compiled, arch, dtype, layer, precision=precision)
+    found = {layout: spilling(arch, of_layer(layout)) for layout in MEMORY}
+    found["5x5"] = spilling(arch, of_layer(kernel=5))
+    assert {variant: kernels for variant, kernels in found.items() if kernels} == {}
+
+
+@pytest.mark.parametrize("layout", ["planes", "last"])
 @pytest.mark.parametrize(
-    ("arch", "dtype", "layer", "channels_last"),
+    "dtype",
     [
-        some_not_slow(arch, dtype, layer, channels_last)
-        for arch in ("sm_80", "sm_90")
+        pytest.param(
+            dtype, marks=() if dtype == torch.bfloat16 else pytest.mark.slow, id=str(dtype)
+        )
         for dtype in DTYPES
-        for layer in LAYERS
-        for channels_last in (False, True)
     ],
 )
-def test_no_spills(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> None:
-    """Of the shipped configurations."""
-    for done in compiled(arch, dtype, layer, channels_last):
-        (used,) = gpu.resources(done.texts["ptx"], assembled_for(arch)).values()
-        assert (used.spill_stores, used.spill_loads) == (0, 0), f"{done.name}: {used}"
-
-
-@pytest.mark.parametrize(
-    ("arch", "dtype", "layer", "channels_last"),
-    [
-        some_not_slow(arch, dtype, layer, channels_last)
-        for arch in ("sm_100", "gfx942")
-        for dtype in DTYPES
-        for layer in ("middle",)
-        for channels_last in (False, True)
-    ],
-)
-def test_compiles(arch: str, dtype: torch.dtype, layer: str, channels_last: bool) -> None:
+@pytest.mark.parametrize("arch", ["sm_100", "gfx942"])
+def test_compiles(arch: str, dtype: torch.dtype, layout: str) -> None:
     """For Blackwell and for AMD's MI300, whose code nothing here can execute."""
-    kernels = compiled(arch, dtype, layer, channels_last)
-    assert [done.name for done in kernels if done.name != "prepare"] == list(configs.KERNELS)
+    kernels = compiled(arch, dtype, "middle", layout)
+    assert {done.name for done in kernels} == {"prepare", *configs.KERNELS}
     kind = "amdgcn" if arch.startswith("gfx") else "ptx"
     assert all(done.name in done.texts[kind] for done in kernels)

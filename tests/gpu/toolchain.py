@@ -149,23 +149,41 @@ class Resources:
     shared: int
 
 
-def resources(ptx: str, arch: str) -> dict[str, Resources]:
-    """Resources by kernel of a PTX text, assembled for `arch`.
+@dataclass(frozen=True)
+class Assembler:
+    """A ptxas and the options that it is given."""
+
+    ptxas: Path
+    version: str
+    options: tuple[str, ...] = ()
+
+
+def resources(ptx: str, arch: str, assembler: Assembler | None = None) -> dict[str, Resources]:
+    """Resources by kernel of a PTX text, assembled for `arch`; by the toolkit's ptxas by default.
 
     Raises:
         CompilerError: with the words of ptxas, or if there is no toolkit.
     """
-    toolkit = find_toolkit()
-    if toolkit is None:
-        raise CompilerError(why_no_nvcc())
-    key = digest([toolkit.version, arch, ptx], [])
+    if assembler is None:
+        toolkit = find_toolkit()
+        if toolkit is None:
+            raise CompilerError(why_no_nvcc())
+        assembler = Assembler(toolkit.ptxas, toolkit.version)
+    key = digest([assembler.version, *assembler.options, arch, ptx], [])
 
     def assemble(out: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             text = Path(folder) / "kernel.ptx"
             text.write_text(ptx)
             binary = Path(folder) / "kernel.cubin"
-            out.write_text(run([toolkit.ptxas, "-v", f"-arch={arch}", text, "-o", binary]))
+            command: list[str | Path] = [
+                assembler.ptxas,
+                "-v",
+                f"-arch={arch}",
+                *assembler.options,
+                text,
+            ]
+            out.write_text(run([*command, "-o", binary]))
 
     report = cached(f"ptxas-{arch}-{key}.txt", assemble).read_text()
     found = {}

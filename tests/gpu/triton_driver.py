@@ -5,6 +5,7 @@ Everything else is Triton's own way: specialization, compilation for the archite
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
@@ -20,6 +22,7 @@ from d3net_kernels.backends.triton import configs, launch, views
 
 from .counters import Counters
 from .module import Module, load
+from .toolchain import Assembler, Resources, resources
 
 _SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 65536}
 
@@ -48,7 +51,6 @@ class EmulatedGpu:
     options: dict[str, Any] = field(default_factory=dict)  # of Module.launch
     launches: list[Launch] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)  # what packed pointers may reach
-    _modules: dict[str, Module] = field(default_factory=dict)
 
     @property
     def launcher_cls(self) -> Callable[..., Callable[..., None]]:
@@ -104,9 +106,7 @@ class EmulatedGpu:
         arguments: Sequence[Any],
         ptx: str,
     ) -> Counters:
-        if ptx not in self._modules:
-            self._modules[ptx] = load(ptx)
-        module = self._modules[ptx]
+        module = _module(ptx)
         (name,) = module.kernels.values()
         given = [
             value
@@ -153,7 +153,26 @@ def emulated(arch: str, *, execute: bool = True, **options: Any) -> Iterator[Emu
             setattr(holder, name, value)
 
 
-def assembled_for(arch: str) -> str:
+@functools.lru_cache(maxsize=64)
+def _module(ptx: str) -> Module:
+    """Many cases share a kernel; decoding one takes longer than many a launch."""
+    return load(ptx)
+
+
+def static_resources(done: Launch, arch: str) -> Resources:
+    """What the kernel of a launch needs as Triton has it assembled: its ptxas, its options."""
+    (used,) = resources(done.texts["ptx"], _assembled_for(arch), _assembler()).values()
+    return used
+
+
+@functools.cache
+def _assembler() -> Assembler:
+    tool = knobs.nvidia.ptxas
+    options = ("-lineinfo", "--fmad=false", "--regAllocOptLevel=2")  # of CUDABackend.make_cubin
+    return Assembler(Path(tool.path), f"triton {tool.version}", options)
+
+
+def _assembled_for(arch: str) -> str:
     """What ptxas has to be told: "a" for wgmma, which Triton chooses on sm_90."""
     return "sm_90a" if arch == "sm_90" else arch
 

@@ -6,8 +6,8 @@ import torch
 
 from d3net_kernels.backends.triton import launch
 
-from . import report, toolchain
-from .triton_driver import Launch, assembled_for, emulated
+from . import report
+from .triton_driver import Launch, emulated, static_resources
 
 
 def family(arch: str) -> report.Family:
@@ -32,7 +32,6 @@ def family(arch: str) -> report.Family:
 
 
 def _launched(done: Launch, arch: str) -> report.Launched:
-    (figures,) = toolchain.resources(done.texts["ptx"], assembled_for(arch)).values()
     assert done.counters is not None
-    name = f"triton {done.name}"
-    return report.Launched(name, 32 * done.warps, done.shared, done.counters, {arch: figures})
+    used = {arch: static_resources(done, arch)}
+    return report.Launched(f"triton {done.name}", 32 * done.warps, done.shared, done.counters, used)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 KERNELS = ("forward", "backward_data", "backward_weight")
-KERNELS_VERSION = 2  # to be raised where other block sizes may be the best ones for the kernels
+KERNELS_VERSION = 3  # to be raised where other block sizes may be the best ones for the kernels
 GRAIN = 16  # channels that the weight gradient's workspace and blocks come in
 MOST_TAPS = 3  # of a column of them, in one program of the weight gradient
 _SHARED = 32  # a program's common work, in outputs: what reading a pixel for all of them is worth
@@ -42,12 +42,16 @@ class Config(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a configuration depends on; `outputs` are those of one program."""
+    """What a configuration depends on; `outputs` are those of one program.
+
+    scattered: the kernel reads or writes elements one by one, or with 64-bit offsets.
+    """
 
     kernel: str
     arch: str
     dtype: torch.dtype
     outputs: int
+    scattered: bool = False
 
     @property
     def bucket(self) -> int:
@@ -59,7 +63,8 @@ class Key(NamedTuple):
     def name(self) -> str:
         """Kernel, dtype and bucket of outputs: what tuned files call it."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.kernel}/{dtype}/{_BUCKETS[self.kernel][self.bucket]}"
+        name = f"{self.kernel}/{dtype}/{_BUCKETS[self.kernel][self.bucket]}"
+        return name + ("/scattered" if self.scattered else "")
 
 
 # Outputs of a program, up to. The weight gradient keeps sums of all of them for every tap: one warp
@@ -70,10 +75,11 @@ _BUCKETS = {
     "backward_weight": (16, 40, 96),
 }
 
-# Chosen by spills, counted traffic and instructions: no spills on sm_80 and sm_90 (see tests/gpu).
-# The same for both. Two warps cannot take wgmma on sm_90, and are better off: counted on layers of
-# D3Net-S, shared memory bounds them by 0.46 ns a pixel, and by 0.63 (blocks of 32 + 8 outputs) or
-# 0.55 (one of 64) the wgmma of four, which reads a tile anew for every block.
+# Chosen by spills, counted traffic and instructions: nothing spills on sm_80 and sm_90, whatever
+# the layout (see tests/gpu). The same for both. Two warps cannot take wgmma on sm_90, and are
+# better off: counted on layers of D3Net-S, shared memory bounds them by 0.46 ns a pixel, and by
+# 0.63 (blocks of 32 + 8 outputs) or 0.55 (one of 64) the wgmma of four, which reads a tile anew
+# for every block.
 _INTERPRETER = {
     "forward": Config(1024, 64, 1, 1),
     "backward_data": Config(1024, 64, 1, 1),
@@ -97,6 +103,24 @@ _SHIPPED = {
         "backward_weight": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(32, 16, 8, 2)),
     },
 }
+# Elements of scattered tensors have offsets of their own, in registers: fewer elements a thread.
+_SCATTERED = {
+    2: {
+        "forward": (Config(64, 16, 4, 3), Config(128, 16, 4, 3), Config(128, 16, 4, 3)),
+        "backward_data": (Config(64, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
+        "backward_weight": (Config(32, 16, 2, 2), Config(16, 32, 2, 2), Config(16, 32, 4, 2)),
+    },
+    4: {
+        "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(64, 16, 8, 2)),
+        "backward_data": (Config(64, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
+        "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2)),
+    },
+    8: {
+        "forward": (Config(32, 16, 4, 2),) * 3,
+        "backward_data": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
+        "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(32, 16, 8, 2)),
+    },
+}
 
 
 def config_for(key: Key, device: torch.device) -> Config:
@@ -108,12 +132,26 @@ def config_for(key: Key, device: torch.device) -> Config:
 
 def shipped(key: Key) -> Config:
     """The configuration that comes with the package."""
-    return _SHIPPED[key.dtype.itemsize][key.kernel][key.bucket]
+    by_bytes = _SCATTERED if key.scattered else _SHIPPED
+    return by_bytes[key.dtype.itemsize][key.kernel][key.bucket]
 
 
 def output_blocks(groups: Sequence[int]) -> tuple[int, int]:
     """BLOCK and REST of the kernels, for outputs in groups each of which fills whole blocks."""
     return _blocks(groups, 8, 64)
+
+
+def convolved_blocks(groups: Sequence[int], arch: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Those of the forward pass and the data gradient: halves instead of one block on sm_8x.
+
+    There Triton prefetches the operands of a loop's only product from shared memory, 16 bits at a
+    time: 76 of 252 machine instructions with 16 outputs. It leaves a loop of two products alone.
+    """
+    block, rest = output_blocks(groups)
+    alone = rest == 0 and block > 8
+    if alone and dtype.itemsize == 2 and arch.startswith("sm_8"):
+        return block // 2, block // 2
+    return block, rest
 
 
 def channel_blocks(groups: Sequence[int], largest: int, rest: bool) -> tuple[int, int]:

@@ -42,7 +42,9 @@ def forward(
     precision: int,
 ) -> Tensor:
     """Kernel of d3net_kernels::multidilated_conv2d."""
-    return _forward(_Call(inputs, weight, dilations, scale, shift, relu, precision), bias, None)
+    call = _Call(inputs, weight, dilations, scale, shift, relu, precision)
+    out, _ = _forward(call, bias, False)
+    return out
 
 
 def forward_with_moments(
@@ -57,9 +59,7 @@ def forward_with_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel of d3net_kernels::multidilated_conv2d_with_moments, all three from one launch."""
     call = _Call(inputs, weight, dilations, scale, shift, relu, precision)
-    tiles = call.tiles(call.config("forward", weight.shape[0]))
-    moments = call.accumulators(tiles, 4, weight.shape[0])
-    out = _forward(call, bias, moments)
+    out, moments = _forward(call, bias, True)
     return out, *_mean_and_variance(moments, out)
 
 
@@ -83,28 +83,29 @@ def backward_data(
         return grads, like.new_zeros(channels), like.new_zeros(channels)
 
     call = _Call(inputs, weight, dilations, scale, shift, relu, precision)
-    pieces = configs.output_blocks([inputs[i].shape[1] for i in active])
-    config = call.config("backward_data", sum(pieces))
+    pieces = call.blocks([inputs[i].shape[1] for i in active])
+    grad_views = {i: View.of(grads[i]) for i in active if wanted[i]}
+    both = (call.views, list(grad_views.values()))
+    layout, grad_layout = (layout_of(seen, call.width) for seen in both)
+    area, item = call.height * call.width, weight.element_size()
+    aligned = min(
+        alignment(seen, of_seen, area, item)
+        for seen, of_seen in zip(both, (layout, grad_layout), strict=True)
+    )
+    wide = need_wide_offsets([*inputs, *grads])
+    config = call.config("backward_data", sum(pieces), wide or aligned == 1)
     prepared = prepare([grad_output], config.channels)
     sources, blocks = call.sources(sum(pieces), active, [0] * len(inputs))
     ready = weight.new_zeros((*weight.shape[2:], prepared.pitch, blocks * sum(pieces)))
-    rows, grad_views = [], []
+    rows = []
     for i, source in zip(active, sources, strict=True):
         at, width = source.first_block * sum(pieces), source.view.channels
         group = weight.narrow(1, source.start, width).permute(2, 3, 0, 1)
         ready[:, :, : weight.shape[0], at : at + width].copy_(group)
-        grad = _NOT_WANTED
-        if wanted[i]:
-            grad = View.of(grads[i])
-            grad_views.append(grad)
+        grad = grad_views.get(i, _NOT_WANTED)
         own = (grad.pointer, grad.stride_n, grad.stride_c, grad.stride_h, grad.stride_w)
         rows.append((*source.numbers(), *own))
     sums = call.accumulators(call.tiles(config), 2, channels)
-    layout, grad_layout = (layout_of(seen, call.width) for seen in (call.views, grad_views))
-    aligned = min(
-        alignment(call.views, layout, call.height * call.width, weight.element_size()),
-        alignment(grad_views, grad_layout, call.height * call.width, weight.element_size()),
-    )
     call.launch(
         backward_data_kernel,
         (call.tiles(config), blocks),
@@ -125,7 +126,7 @@ def backward_data(
         LAYOUT=layout,
         GRAD_LAYOUT=grad_layout,
         ALIGNED=aligned,
-        WIDE=need_wide_offsets([prepared.image, *inputs, *grads]),
+        WIDE=wide or need_wide_offsets([prepared.image]),
         AFFINE=scale is not None,
         RELU=relu,
         CHUNK=config.channels,
@@ -150,10 +151,11 @@ def backward_weight(
     call = _Call(inputs, weight, dilations, scale, shift, relu, precision)
     outputs, _, *taps = weight.shape
     pieces = configs.output_blocks([outputs])
-    config = call.config("backward_weight", sum(pieces))
     layout = layout_of(call.views, call.width)
     channels = [view.channels for view in call.views]
     aligned = alignment(call.views, layout, call.width, weight.element_size())
+    wide = need_wide_offsets(inputs)
+    config = call.config("backward_weight", sum(pieces), wide or aligned == 1)
     # A second block of channels needs too many registers where a thread holds more channels, as it
     # does without loads of 16 bytes along a row, or more sums, as with more than 64 outputs.
     whole = layout is parts.PLANES and aligned * weight.element_size() == 16 and sum(pieces) <= 64
@@ -186,7 +188,7 @@ def backward_weight(
         *call.radii,
         LAYOUT=layout,
         ALIGNED=aligned,
-        WIDE=need_wide_offsets([prepared_grad.image, *inputs]),
+        WIDE=wide or need_wide_offsets([prepared_grad.image]),
         AFFINE=scale is not None,
         RELU=relu,
         TAPS=taps_of_program,
@@ -216,6 +218,7 @@ class _Call:
         self.inputs, self.weight = inputs, weight
         self.psi = (scale, shift, relu)
         self.precision = _precision(weight.dtype, precision)
+        self.arch = configs.arch_of(weight.device)
         self.batch, _, self.height, self.width = inputs[0].shape
         self.views = [View.of(x) for x in inputs]
         # All dilations beyond the map are alike; the kernels have 32 bits for them.
@@ -224,11 +227,14 @@ class _Call:
         self.dilations = list(zip(within[::2], within[1::2], strict=True))
         self.radii = (weight.shape[2] // 2, weight.shape[3] // 2)
 
-    def config(self, kernel: str, outputs: int) -> configs.Config:
+    def config(self, kernel: str, outputs: int, scattered: bool = False) -> configs.Config:
         """Block sizes of a kernel whose programs have so many outputs each."""
-        device = self.weight.device
-        key = configs.Key(kernel, configs.arch_of(device), self.weight.dtype, outputs)
-        return configs.config_for(key, device)
+        key = configs.Key(kernel, self.arch, self.weight.dtype, outputs, scattered)
+        return configs.config_for(key, self.weight.device)
+
+    def blocks(self, groups: Sequence[int]) -> tuple[int, int]:
+        """BLOCK and REST of the forward pass and the data gradient."""
+        return configs.convolved_blocks(groups, self.arch, self.weight.dtype)
 
     def tiles(self, config: configs.Config) -> int:
         """Tiles of pixels of all images."""
@@ -307,15 +313,18 @@ class _Call:
             )
 
 
-def _forward(call: _Call, bias: Tensor | None, moments: Tensor | None) -> Tensor:
+def _forward(call: _Call, bias: Tensor | None, with_moments: bool) -> tuple[Tensor, Tensor]:
+    """The output and the moments of its tiles, see _mean_and_variance; of none without them."""
     inputs, weight = call.inputs, call.weight
     outputs = weight.shape[0]
     out = _layout.empty((call.batch, outputs, call.height, call.width), inputs[0])
+    wide = need_wide_offsets([out, *inputs])
+    config = call.config("forward", outputs, wide)
+    moments = call.accumulators(call.tiles(config) if with_moments else 0, 4, outputs)
     if out.numel() == 0:
-        return out
-    pieces = configs.output_blocks([outputs])
+        return out, moments
+    pieces = call.blocks([outputs])
     blocks = -(-outputs // sum(pieces))
-    config = call.config("forward", outputs)
     prepared = call.prepare(config.channels)
     sources, _ = call.sources(1, range(len(inputs)), prepared.starts)
     ready = weight.new_zeros((*weight.shape[2:], prepared.pitch, blocks * sum(pieces)))
@@ -330,7 +339,7 @@ def _forward(call: _Call, bias: Tensor | None, moments: Tensor | None) -> Tensor
         config,
         pieces,
         out,
-        out if moments is None else moments,
+        moments,
         ready,
         out if bias is None else bias.contiguous(),
         prepared.data,
@@ -344,12 +353,12 @@ def _forward(call: _Call, bias: Tensor | None, moments: Tensor | None) -> Tensor
         view.stride_c,
         view.stride_w,
         *call.radii,
-        WIDE=need_wide_offsets([out, prepared.image]),
+        WIDE=wide or need_wide_offsets([prepared.image]),
         BIAS=bias is not None,
-        MOMENTS=moments is not None,
+        MOMENTS=with_moments,
         CHUNK=config.channels,
     )
-    return out
+    return out, moments
 
 
 def _mean_and_variance(moments: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

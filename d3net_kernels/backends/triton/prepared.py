@@ -14,7 +14,7 @@ from ... import _layout
 from .kernels.prepare import prepare as kernel
 from .views import Source, View, alignment, layout_of, need_wide_offsets, packed_sources
 
-_PIXELS, _WARPS = 512, 4  # of a program
+_PIXELS, _PIXELS_SCATTERED, _WARPS = 512, 128, 4  # of a program; see configs.Key
 
 
 class Prepared(NamedTuple):
@@ -57,9 +57,12 @@ def prepare(
         for view, start, at, block in zip(views, starts, prepared.starts, blocks, strict=False)
     ]
     layout = layout_of(views, width)
+    aligned = alignment(views, layout, height * width, data.element_size())
     accumulator = _layout.dtype_for(data)
+    wide = need_wide_offsets([prepared.image, *inputs])
+    pixels = _PIXELS_SCATTERED if wide or aligned == 1 else _PIXELS
     with torch.cuda.device(data.device if data.is_cuda else -1):
-        kernel[(n * -(-height * width // _PIXELS), total)](
+        kernel[(n * -(-height * width // pixels), total)](
             data,
             # The kernel takes some tensor for what is not there, and does not touch it.
             data if scale is None else scale.contiguous(),
@@ -69,12 +72,12 @@ def prepare(
             width,
             prepared.pitch,
             LAYOUT=layout,
-            ALIGNED=alignment(views, layout, height * width, data.element_size()),
-            WIDE=need_wide_offsets([prepared.image, *inputs]),
+            ALIGNED=aligned,
+            WIDE=wide,
             AFFINE=scale is not None,
             RELU=relu,
             ACCUMULATOR=tl.float64 if accumulator == torch.float64 else tl.float32,
-            PIXELS=_PIXELS,
+            PIXELS=pixels,
             CHANNELS_BLOCK=chunk,
             num_warps=_WARPS,
             enable_fp_fusion=False,

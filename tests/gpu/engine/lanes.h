@@ -72,9 +72,24 @@ void ternary(const std::string& name, F) {
   });
 }
 
-/// setp: a predicate (and its opposite) from a comparison. operands: p, q or p again, a, b, and a
+/// setp: two predicates, each combined with a third. operands: p, q or p again, a, b, and a
 /// predicate c that is combined by constants[0] (0 none, 1 and, 2 or, 3 xor), negated if
 /// constants[1].
+inline void set_compared(Warp& w, const Instruction& in, uint32_t mask, uint32_t p, uint32_t q) {
+  if (in.constants[0]) {
+    uint32_t c = w.predicate(in.operands[4]);
+    if (in.constants[1]) c = ~c;
+    const auto combine = [&](uint32_t x) {
+      return in.constants[0] == 1 ? x & c : in.constants[0] == 2 ? x | c : x ^ c;
+    };
+    p = combine(p);
+    q = combine(q);
+  }
+  if (in.operands[1] != in.operands[0]) w.set_predicate(in.operands[1], mask, q);
+  w.set_predicate(in.operands[0], mask, p);
+}
+
+/// q is the opposite of p.
 template <class A, class F>
 void comparison(const std::string& name, F) {
   register_operation(name, [](Warp& w, const Instruction& in, uint32_t mask) {
@@ -82,18 +97,22 @@ void comparison(const std::string& name, F) {
     const A* b = w.reg<A>(in.operands[3]);
     uint32_t truth = 0;
     for (int l = 0; l < lanes; ++l) truth |= uint32_t(F{}(a[l], b[l])) << l;
-    uint32_t opposite = ~truth;
-    if (in.constants[0]) {
-      uint32_t c = w.predicate(in.operands[4]);
-      if (in.constants[1]) c = ~c;
-      const auto combine = [&](uint32_t p) {
-        return in.constants[0] == 1 ? p & c : in.constants[0] == 2 ? p | c : p ^ c;
-      };
-      truth = combine(truth);
-      opposite = combine(opposite);
+    set_compared(w, in, mask, truth, ~truth);
+  });
+}
+
+/// Of two halves of a register: p is about the low ones, q about the high ones.
+template <class F>
+void comparison_of_pairs(const std::string& name, F) {
+  register_operation(name, [](Warp& w, const Instruction& in, uint32_t mask) {
+    const uint32_t* a = w.reg<uint32_t>(in.operands[2]);
+    const uint32_t* b = w.reg<uint32_t>(in.operands[3]);
+    uint32_t low = 0, high = 0;
+    for (int l = 0; l < lanes; ++l) {
+      low |= uint32_t(F{}(uint16_t(a[l]), uint16_t(b[l]))) << l;
+      high |= uint32_t(F{}(uint16_t(a[l] >> 16), uint16_t(b[l] >> 16))) << l;
     }
-    if (in.operands[1] != in.operands[0]) w.set_predicate(in.operands[1], mask, opposite);
-    w.set_predicate(in.operands[0], mask, truth);
+    set_compared(w, in, mask, low, high);
   });
 }
 

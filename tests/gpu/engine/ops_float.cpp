@@ -239,28 +239,41 @@ void functions(const std::string& t) {
   one<F, Tanh>("tanh." + t);
 }
 
+template <class F>
+struct Compared {
+  template <class Test>
+  static void by(const std::string& name, Test) {
+    using S = typename F::Store;
+    comparison<S>(name, [](S a, S b) { return Test{}(F::load(a), F::load(b)); });
+  }
+};
+template <class Half>
+struct Compared<Pair<Half>> {
+  template <class Test>
+  static void by(const std::string& name, Test) {
+    comparison_of_pairs(
+        name, [](uint16_t a, uint16_t b) { return Test{}(Half::load(a), Half::load(b)); });
+  }
+};
+
 /// Comparisons: the plain ones are false for a NaN, those with a trailing u are true.
 template <class F>
 void comparisons(const std::string& t) {
-  using S = typename F::Store;
-  comparison<S>("setp.eq." + t, [](S a, S b) { return F::load(a) == F::load(b); });
-  comparison<S>("setp.ne." + t,
-                [](S a, S b) { return F::load(a) < F::load(b) || F::load(a) > F::load(b); });
-  comparison<S>("setp.lt." + t, [](S a, S b) { return F::load(a) < F::load(b); });
-  comparison<S>("setp.le." + t, [](S a, S b) { return F::load(a) <= F::load(b); });
-  comparison<S>("setp.gt." + t, [](S a, S b) { return F::load(a) > F::load(b); });
-  comparison<S>("setp.ge." + t, [](S a, S b) { return F::load(a) >= F::load(b); });
-  comparison<S>("setp.equ." + t,
-                [](S a, S b) { return !(F::load(a) < F::load(b) || F::load(a) > F::load(b)); });
-  comparison<S>("setp.neu." + t, [](S a, S b) { return !(F::load(a) == F::load(b)); });
-  comparison<S>("setp.ltu." + t, [](S a, S b) { return !(F::load(a) >= F::load(b)); });
-  comparison<S>("setp.leu." + t, [](S a, S b) { return !(F::load(a) > F::load(b)); });
-  comparison<S>("setp.gtu." + t, [](S a, S b) { return !(F::load(a) <= F::load(b)); });
-  comparison<S>("setp.geu." + t, [](S a, S b) { return !(F::load(a) < F::load(b)); });
-  comparison<S>("setp.num." + t,
-                [](S a, S b) { return !std::isnan(F::load(a)) && !std::isnan(F::load(b)); });
-  comparison<S>("setp.nan." + t,
-                [](S a, S b) { return std::isnan(F::load(a)) || std::isnan(F::load(b)); });
+  using C = Compared<F>;
+  C::by("setp.eq." + t, [](auto a, auto b) { return a == b; });
+  C::by("setp.ne." + t, [](auto a, auto b) { return a < b || a > b; });
+  C::by("setp.lt." + t, [](auto a, auto b) { return a < b; });
+  C::by("setp.le." + t, [](auto a, auto b) { return a <= b; });
+  C::by("setp.gt." + t, [](auto a, auto b) { return a > b; });
+  C::by("setp.ge." + t, [](auto a, auto b) { return a >= b; });
+  C::by("setp.equ." + t, [](auto a, auto b) { return !(a < b || a > b); });
+  C::by("setp.neu." + t, [](auto a, auto b) { return !(a == b); });
+  C::by("setp.ltu." + t, [](auto a, auto b) { return !(a >= b); });
+  C::by("setp.leu." + t, [](auto a, auto b) { return !(a > b); });
+  C::by("setp.gtu." + t, [](auto a, auto b) { return !(a <= b); });
+  C::by("setp.geu." + t, [](auto a, auto b) { return !(a < b); });
+  C::by("setp.num." + t, [](auto a, auto b) { return !std::isnan(a) && !std::isnan(b); });
+  C::by("setp.nan." + t, [](auto a, auto b) { return std::isnan(a) || std::isnan(b); });
 }
 
 }  // namespace
@@ -281,6 +294,8 @@ void register_float_operations() {
   comparisons<F64>("f64");
   comparisons<BF16>("bf16");
   comparisons<F16>("f16");
+  comparisons<Pair<BF16>>("bf16x2");
+  comparisons<Pair<F16>>("f16x2");
   three<BF16, FmaRelu>("fma.relu.bf16");
   three<F16, FmaRelu>("fma.relu.f16");
   three<Pair<BF16>, FmaRelu>("fma.relu.bf16x2");
