@@ -118,7 +118,7 @@ _SCATTERED = {
     8: {
         "forward": (Config(32, 16, 4, 2),) * 3,
         "backward_data": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
-        "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(32, 16, 8, 2)),
+        "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2)),
     },
 }
 
