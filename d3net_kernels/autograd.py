@@ -52,10 +52,19 @@ class _Forward:
 
     @staticmethod
     def gradients(ctx: Any, grad_output: Tensor | None) -> _Gradients:
+        return _Forward.gradients_of(ctx, grad_output, *ctx.saved_tensors)
+
+    @staticmethod
+    def gradients_of(
+        ctx: Any,
+        grad_output: Tensor | None,
+        weight: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        *inputs: Tensor,
+    ) -> _Gradients:
         ops: Operators = ctx.ops
-        weight, scale, shift, *inputs = ctx.saved_tensors
         want_weight, want_bias, _, want_scale, want_shift, _, _, *wanted = ctx.needs_input_grad
-        inputs = inputs[: len(wanted)]  # results may follow them
         if grad_output is None:
             return (None,) * len(ctx.needs_input_grad)
         options = (ctx.dilations, scale, shift, ctx.relu, ctx.precision)
@@ -89,13 +98,13 @@ class _ForwardWithMoments:
 
     @staticmethod
     def gradients(ctx: Any, grad_output: Tensor | None, *grads: Tensor | None) -> _Gradients:
-        *_, out, mean = ctx.saved_tensors
+        *arguments, out, mean = ctx.saved_tensors  # once: checkpointing gives them only once
         if any(grad is not None for grad in grads):
             of_mean, of_var = (torch.zeros_like(mean) if g is None else g for g in grads)
             count = out.numel() // mean.numel()
             through_moments = gradient_of_moments(out, mean, count, of_mean, of_var)
             grad_output = through_moments if grad_output is None else grad_output + through_moments
-        return _Forward.gradients(ctx, grad_output)
+        return _Forward.gradients_of(ctx, grad_output, *arguments)
 
 
 class _BackwardData:
