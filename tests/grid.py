@@ -320,9 +320,15 @@ def assert_right(problem: Problem, results: dict[str, Tensor], *, tf32: bool = F
 
 
 def with_moments(problem: Problem, **changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, mean and variance through the function, maybe with other tensors."""
+    """Output, mean and variance, maybe with other tensors."""
+    out, mean, var = call(multidilated_conv2d_with_moments, problem, **changes)
+    return out, mean, var
+
+
+def call(operation: Callable[..., Any], problem: Problem, **changes: Tensor) -> Any:
+    """The operation on the problem, with other tensors where `changes` name them."""
     given = problem.tensors() | changes
-    return multidilated_conv2d_with_moments(
+    return operation(
         [given[f"inputs[{i}]"] for i in range(len(problem.inputs))],
         given["weight"],
         given.get("bias"),

@@ -30,16 +30,9 @@ def _as_function(problem: Problem, names: list[str]) -> Callable[..., Tensor]:
     """The op as a function of the named arguments."""
 
     def function(*values: Tensor) -> Tensor:
-        given = problem.tensors() | dict(zip(names, values, strict=True))
-        return dk.multidilated_conv2d(
-            [given[f"inputs[{i}]"] for i in range(len(problem.inputs))],
-            given["weight"],
-            given.get("bias"),
-            dilations=problem.dilations,
-            scale=given.get("scale"),
-            shift=given.get("shift"),
-            relu=problem.relu,
-        )
+        changes = dict(zip(names, values, strict=True))
+        out: Tensor = grid.call(dk.multidilated_conv2d, problem, **changes)
+        return out
 
     return function
 

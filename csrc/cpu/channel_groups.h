@@ -1,4 +1,4 @@
-// Channels that lie in one or several tensors, in groups of one vector.
+// Channels that lie in one or several tensors, in groups of at most so many.
 #pragma once
 
 #include <algorithm>

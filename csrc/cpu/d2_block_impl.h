@@ -380,8 +380,7 @@ class D2Backward : D2Block<T> {
   Pass data_gradient(const Link& link) const {
     Pass pass;
     if (!wanted(link)) return pass;
-    pass.shape = this->shape_of(link);
-    std::swap(pass.shape.in_channels, pass.shape.out_channels);
+    pass.shape = this->shape_of(link).transposed();
     pass.plan = this->plan_of(pass.shape);
     pass.input.parts.add(read(gradient_of(link.first_layer)), pass.shape.in_channels);
     pass.weight = transposed(this->weight_of(link), p.kernel_h, p.kernel_w, this->weight_bytes());

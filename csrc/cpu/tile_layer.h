@@ -51,8 +51,7 @@ class TileLayer {
     for (int64_t i = 0; i < p.num_sources; ++i) {
       const Group g{i, i + 1, channel, p.sources[i].channels};
       Pass& pass = passes.emplace_back();
-      pass.shape = shape_of(g);
-      std::swap(pass.shape.in_channels, pass.shape.out_channels);
+      pass.shape = shape_of(g).transposed();
       pass.plan = plan_of(pass.shape);
       pass.input.parts.add(slab<const float>(gradient), p.out_channels);
       pass.weight = transposed(weight_of(g), p.kernel_h, p.kernel_w, sizeof(float));

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <utility>
 
 #include "../multidilated_conv.h"
 #include "plan.h"
@@ -32,6 +33,13 @@ struct PassShape {
   int64_t dilation_h = 1, dilation_w = 1;
   int64_t in_tensors = 1;  // that the input channels lie in
 
+  /// That of the data gradient, which reads one tensor.
+  PassShape transposed() const {
+    PassShape s = *this;
+    std::swap(s.in_channels, s.out_channels);
+    s.in_tensors = 1;
+    return s;
+  }
   TileGrid grid(Algorithm algorithm) const {
     if (algorithm == Algorithm::direct) return {batch, height, width, 1, 1, 1};
     return {batch, height, width, dilation_h, dilation_w, static_cast<int64_t>(algorithm)};
