@@ -23,24 +23,24 @@ inline Tensor new_output(const Tensor& like, int64_t n, int64_t c, int64_t h, in
   return t;
 }
 
-/// A vector of coefficients in the accumulation type.
+/// A vector of coefficients in the accumulation type: the tensor's own, or a converted copy. The
+/// tensor has to outlive it.
 class Coefficients {
  public:
   Coefficients(const Tensor& t, DType problem, int64_t size) {
     STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size,
                     "d3net_kernels: a vector of coefficients must have one element a channel");
     if (problem == DType::float64)
-      copy(t, doubles_);
+      data_ = in(DType::float64, t, doubles_);
     else
-      copy(t, floats_);
+      data_ = in(DType::float32, t, floats_);
   }
   Coefficients(const MaybeTensor& t, DType problem, int64_t size) {
     if (t) *this = Coefficients(*t, problem, size);
   }
-  const void* data() const {
-    if (!doubles_.empty()) return doubles_.data();
-    return floats_.empty() ? nullptr : floats_.data();
-  }
+  Coefficients(Coefficients&&) = default;
+  Coefficients& operator=(Coefficients&&) = default;
+  const void* data() const { return data_; }
 
  private:
   template <class T, class A>
@@ -51,16 +51,20 @@ class Coefficients {
       to[i] = static_cast<A>(from[static_cast<int64_t>(i) * t.stride(0)]);
   }
   template <class A>
-  static void copy(const Tensor& t, std::vector<A>& to) {
-    switch (dtype_of(t)) {
-      case DType::float32: return convert<float>(t, to);
-      case DType::float64: return convert<double>(t, to);
-      case DType::bfloat16: return convert<torch::headeronly::BFloat16>(t, to);
-      case DType::float16: return convert<torch::headeronly::Half>(t, to);
+  static const void* in(DType wanted, const Tensor& t, std::vector<A>& copy) {
+    const DType dtype = dtype_of(t);
+    if (dtype == wanted && t.stride(0) == 1) return t.data_ptr();
+    switch (dtype) {
+      case DType::float32: convert<float>(t, copy); break;
+      case DType::float64: convert<double>(t, copy); break;
+      case DType::bfloat16: convert<torch::headeronly::BFloat16>(t, copy); break;
+      case DType::float16: convert<torch::headeronly::Half>(t, copy); break;
     }
+    return copy.data();
   }
 
-  std::vector<float> floats_;
+  const void* data_ = nullptr;
+  std::vector<float> floats_;  // where t is not of that type, or has gaps
   std::vector<double> doubles_;
 };
 

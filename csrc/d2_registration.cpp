@@ -98,8 +98,9 @@ class BlockCall {
     return (end + kAlignedChannels - 1) / kAlignedChannels * kAlignedChannels;
   }
   /// Whether a norm takes batch statistics of x_0.
-  bool measures_input() const {
-    if (!problem.per_layer) return norms_[0].use_batch;
+  bool measures_input() const { return problem.per_layer ? measures() : norms_[0].use_batch; }
+  /// Whether any does, of any source.
+  bool measures() const {
     for (const Norm& norm : norms_)
       if (norm.use_batch) return true;
     return false;
@@ -142,8 +143,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors parts, Tensors weight
   static thread_local cpu::Scratch memory;
   const int64_t hidden = keep ? 0 : p.batch * p.height * p.width * call.pitch();
   const cpu::Borrowed<char> temporary(memory, hidden * x.element_size());
-  Tensor mean = torch::stable::new_zeros(x, Ints{p.source_channels()}, kept);
-  Tensor variance = torch::stable::new_zeros(x, Ints{p.source_channels()}, kept);
+  const Ints measured{call.measures() ? p.source_channels() : 0};
+  Tensor mean = torch::stable::new_zeros(x, measured, kept);
+  Tensor variance = torch::stable::new_zeros(x, measured, kept);
   if (!call.empty()) {
     if (call.measures_input()) {
       std::vector<double> moments(static_cast<size_t>(2 * p.in_channels));

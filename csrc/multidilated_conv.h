@@ -54,6 +54,10 @@ struct Problem {
   Weight weight;
   Psi psi;
   Precision precision = Precision::highest;
+
+  int64_t multiplications() const {
+    return batch * height * width * kernel_h * kernel_w * out_channels * in_channels;
+  }
 };
 
 }  // namespace d3net

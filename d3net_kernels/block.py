@@ -26,8 +26,9 @@ def d2_block(
     Takahashi & Mitsufuji, CVPR 2021, eq. 2 and 3: the dilation of source i is 2**i. Batch
     statistics of a source are computed once, when it is made. With the compiled CPU kernels the
     block is one node of the autograd graph that keeps x_0, the features and per-channel vectors,
-    and its result is in channels_last memory order; elsewhere, with less than 8 channels in all its
-    layers, and where several processes share their statistics, it runs layer by layer.
+    and its result is in channels_last memory order; elsewhere, where several processes share their
+    statistics, and with gradients but less than 8 channels in all its layers, it runs layer by
+    layer.
 
     float32 follows torch's switches, `torch.backends.mkldnn.conv.fp32_precision` or else
     `torch.set_float32_matmul_precision`: "highest" (the default) errs no more than plain torch,

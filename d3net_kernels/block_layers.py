@@ -13,7 +13,7 @@ from . import checks
 from ._layout import dtype_for
 from .block_params import ConvParams, D2Params, Norm, NormParams
 from .functional import multidilated_conv2d, multidilated_conv2d_with_moments
-from .statistics import Statistics, batch_statistics
+from .statistics import Statistics, batch_statistics, update_running
 
 
 def d2_block(
@@ -143,20 +143,6 @@ def _scale_and_shift(
         mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     else:
         mean, var, count = statistics
-        update_running(norm, mean.detach(), var.detach(), count)
+        update_running([norm], [mean.detach()], [var.detach()], count)
     scale = norm.weight * torch.rsqrt(var + norm.eps)
     return scale, norm.bias - mean * scale
-
-
-def update_running(norm: NormParams, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
-    """As torch.nn.BatchNorm2d: the running variance takes the unbiased one."""
-    if norm.running_mean is None or norm.running_var is None:
-        return
-    momentum = norm.momentum
-    with torch.no_grad():
-        if isinstance(count, Tensor):  # without a branch, for which a GPU would have to be awaited
-            momentum = momentum * (count > 1).to(count.dtype)
-            count = count.clamp(min=2)
-        keep = 1 - momentum
-        norm.running_mean.mul_(keep).add_(momentum * mean)
-        norm.running_var.mul_(keep).add_(momentum * (var * (count / (count - 1))))

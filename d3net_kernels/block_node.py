@@ -6,6 +6,7 @@ derivatives go through the block layer by layer, whose formulas hold to every or
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,9 +22,10 @@ from .autograd import refuse_forward_mode
 from .backends import cpu
 from .block_params import ConvParams, D2Params, Norm, NormParams
 from .precision import allowed_precision
+from .statistics import update_running
 
-# The node's vectors run along channels. With fewer, block_layers is faster, whose vectors run along
-# the pixels of a row.
+# With fewer in all layers vectors run along the pixels of a row, not along channels. The node does
+# that forward only (csrc/cpu/d2_rows.h); its backward pass would be slower than block_layers'.
 FEWEST_CHANNELS = 8
 MOST_TAPS = 64  # kMostTaps of csrc/cpu/tile_plan.h
 
@@ -46,7 +48,9 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
     if len(kernel) != 2 or any(side % 2 != 1 for side in kernel) or math.prod(kernel) > MOST_TAPS:
         return False
     channels = sum(part.shape[1] for part in parts)
-    if len(norms) != layers or growth * layers < FEWEST_CHANNELS:
+    if len(norms) != layers:
+        return False
+    if growth * layers < FEWEST_CHANNELS and torch.is_grad_enabled():
         return False
     normed, eps = channels, norms[0].eps
     for i, ((weight, bias), n) in enumerate(zip(convs, norms, strict=True)):
@@ -119,15 +123,22 @@ def d2_block(
     result: Tensor = out
     if not any(use_batch):
         return result
-    count = x.shape[0] * x.shape[2] * x.shape[3]
-    start = 0
-    for conv, n, batch in zip(convs, norms, use_batch, strict=True):
-        end = start + conv.weight.shape[1]
-        if batch:
-            channels = slice(0 if norm == "per_layer" else start, end)
-            block_layers.update_running(n, mean[channels], var[channels], count)
-        start = end
+    updated = [n for n, batch in zip(norms, use_batch, strict=True) if batch]
+    means, variances = (_of_norms(t, convs, use_batch, norm) for t in (mean, var))
+    update_running(updated, means, variances, x.shape[0] * x.shape[2] * x.shape[3])
     return result
+
+
+def _of_norms(
+    statistics: Tensor, convs: Sequence[ConvParams], use_batch: Sequence[int], norm: Norm
+) -> list[Tensor]:
+    """The part of the sources' statistics that each norm takes, of those that do."""
+    widths = [conv.weight.shape[1] for conv in convs]
+    if norm == "per_source":
+        parts = statistics.split(widths)
+    else:
+        parts = tuple(statistics.narrow(0, 0, end) for end in itertools.accumulate(widths))
+    return [part for part, batch in zip(parts, use_batch, strict=True) if batch]
 
 
 class _Options(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -255,8 +256,15 @@ def norm_then_conv(
 
 
 def _conv_params(conv: nn.Module) -> ConvParams:
-    assert isinstance(conv, nn.Conv2d)
-    return ConvParams(conv.weight, conv.bias)
+    return ConvParams(*_weight_and_bias(conv))
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
+    own = module._parameters  # three times faster than attributes
+    try:
+        return own["weight"], own["bias"]
+    except KeyError:  # made from something else at each access
+        return module.weight, module.bias
 
 
 def _norm_params(norm: nn.Module) -> NormParams:
@@ -266,12 +274,14 @@ def _norm_params(norm: nn.Module) -> NormParams:
             f"a norm of this D2Block is of type {type(norm).__name__}; accepted is nn.BatchNorm2d "
             "(do not convert to SyncBatchNorm, set the block's process_group)"
         )
-    running_mean = norm.running_mean
+    weight, bias = _weight_and_bias(norm)
+    buffers = norm._buffers
+    running_mean = buffers["running_mean"]
     return NormParams(
-        norm.weight,
-        norm.bias,
+        weight,
+        bias,
         running_mean,
-        norm.running_var,
+        buffers["running_var"],
         norm.training or running_mean is None,
         0.0 if norm.momentum is None else norm.momentum,
         norm.eps,

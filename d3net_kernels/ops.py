@@ -178,7 +178,8 @@ def _fake_d2_block(
     layers, growth = len(weights), weights[-1].shape[0]
     out = _layout.empty_channels_last((n, growth * out_layers, h, w), x)
     kept = _layout.hidden_pitch(growth, layers, out_layers) if keep else 0
-    mean = x.new_empty(channels + (layers - 1) * growth, dtype=_layout.dtype_for(x))
+    measured = channels + (layers - 1) * growth if any(use_batch) else 0
+    mean = x.new_empty(measured, dtype=_layout.dtype_for(x))
     return out, x.new_empty((n, h, w, kept)), mean, torch.empty_like(mean)
 
 

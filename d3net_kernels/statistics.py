@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import ops
 from ._layout import dtype_for
+from .block_params import NormParams
 
 
 class Statistics(NamedTuple):
@@ -26,6 +27,47 @@ class Statistics(NamedTuple):
     mean: Tensor
     var: Tensor
     size: int | Tensor
+
+
+def update_running(
+    norms: Sequence[NormParams],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    count: int | Tensor,
+) -> None:
+    """As torch.nn.BatchNorm2d, of several norms: the running variance takes the unbiased one.
+
+    Args:
+        norms: those without running statistics are left out.
+        means, variances: of the batch, (C,) for each norm, the variances biased.
+        count: of how many values; a tensor of no dimensions for a group of processes.
+    """
+    running: list[Tensor] = []
+    batch: list[Tensor] = []
+    momenta: list[Any] = []
+    for n, mean, var in zip(norms, means, variances, strict=True):
+        if n.running_mean is not None and n.running_var is not None:
+            running += n.running_mean, n.running_var
+            batch += mean, var
+            momenta.append(n.momentum)
+    if not running:
+        return
+    with torch.no_grad():
+        if isinstance(count, Tensor):  # without a branch, for which a GPU would have to be awaited
+            some = (count > 1).to(count.dtype)
+            momenta = [m * some for m in momenta]
+            count = count.clamp(min=2)
+        unbiased = count / (count - 1)
+        kept = [1 - m for m in momenta for _ in range(2)]
+        shares = [share for m in momenta for share in (m, m * unbiased)]
+        mapped = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        if not mapped and not any(isinstance(share, Tensor) for share in shares):
+            # A call for all: one each costs as much as the kernels themselves on small maps.
+            torch._foreach_mul_(running, kept)
+            torch._foreach_add_(running, torch._foreach_mul(batch, shares))
+        else:
+            for r, b, keep, share in zip(running, batch, kept, shares, strict=True):
+                r.mul_(keep).add_(b * share)
 
 
 def batch_statistics(

@@ -43,6 +43,33 @@ def test_right_on_a_large_block(
     assert_right(block, ours(block))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *block_grid.HALVES])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("channels", "growth", "layers", "parts"),
+    [(2, 2, 1, ()), (2, 2, 3, (1, 1)), (5, 1, 7, (3, 2)), (17, 7, 1, ())],
+)
+def test_right_on_few_channels_without_gradients(
+    channels: int,
+    growth: int,
+    layers: int,
+    parts: tuple[int, ...],
+    layout: str,
+    mode: str,
+    norm: str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> None:
+    """Vectors run along rows: shorter than one, and of several with a rest."""
+    for size in ((2, 7, 9), (1, 5, 53)):
+        case = Case("", channels, growth, layers, size, dtype, norm, mode=mode, layout=layout)
+        block = replace(case, parts=parts, needs=(), out_layers=(layers + 1) // 2).block(generator)
+        with torch.no_grad():
+            assert_right(block, ours(block))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_truth_by_its_definition(norm: str, mode: str, generator: torch.Generator) -> None:

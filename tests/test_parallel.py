@@ -49,12 +49,13 @@ void d3net::cpu::run_on_all_threads(void (*body)(void*, int64_t), void* context)
 /// Two phases; item `bad` of the first throws. Returns how often items of the second were done.
 int64_t run(int64_t bad) {
   std::atomic<int64_t> done{0};
-  Crew::run([&](Crew::Worker& worker) {
+  auto program = [&](Crew::Worker& worker) {
     worker.each(kItems, [&](int64_t i, int64_t) {
       if (i == bad) throw std::runtime_error("bad item");
     });
     worker.each(kItems, [&](int64_t, int64_t) { done++; });
-  });
+  };
+  Crew::run(program, Crew::kWorthSharing);
   return done;
 }
 

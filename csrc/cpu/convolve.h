@@ -396,9 +396,9 @@ class Convolution {
   A* packed_ = nullptr;
 };
 
-/// Runs convolutions together, weights packed first, in one parallel region.
+/// Runs convolutions of so much work together, weights packed first, in one parallel region.
 template <class T>
-void run_all(std::vector<Convolution<T>>& convolutions) {
+void run_all(std::vector<Convolution<T>>& convolutions, int64_t multiplications) {
   static thread_local Scratch packed_memory;
   int64_t size = 0, packs = 0, tasks = 0;
   for (const auto& c : convolutions) {
@@ -411,7 +411,7 @@ void run_all(std::vector<Convolution<T>>& convolutions) {
     c.pack_into(packed);
     packed += round_up(c.packed_size(), 64);
   }
-  Crew::run([&](Crew::Worker& worker) {
+  auto program = [&](Crew::Worker& worker) {
     worker.each(packs, [&](int64_t i, int64_t) {
       size_t c = 0;
       while (i >= convolutions[c].pack_tasks()) i -= convolutions[c++].pack_tasks();
@@ -425,7 +425,8 @@ void run_all(std::vector<Convolution<T>>& convolutions) {
       }
       convolutions[c].run(i, next < convolutions[c].tasks() ? next : -1);
     });
-  });
+  };
+  Crew::run(program, multiplications);
 }
 
 }  // namespace d3net::cpu::D3NET_ISA

@@ -1,7 +1,9 @@
 // The body of each instruction set's translation unit for the D2 block: four dtypes.
 #pragma once
 
-#include "d2_block_impl.h"
+#include "d2_backward.h"
+#include "d2_forward.h"
+#include "d2_rows.h"
 #include "kernels.h"
 #include "tile_layer.h"
 
@@ -32,7 +34,10 @@ bool backward_weight_on_tiles(const Problem& p, const View& gradient, void* weig
 void d2_forward(const D2Problem& p, const D2Features& kept, void* mean, void* variance) {
   for_block_dtype(p.dtype, [&](auto t) {
     using A = Accumulator<decltype(t)>;
-    D2Forward<decltype(t)>(p, kept, static_cast<A*>(mean), static_cast<A*>(variance)).run();
+    if (p.growth * p.layers < kFewestChannels)
+      D2Rows<decltype(t)>(p, kept, static_cast<A*>(mean), static_cast<A*>(variance)).run();
+    else
+      D2Forward<decltype(t)>(p, kept, static_cast<A*>(mean), static_cast<A*>(variance)).run();
   });
 }
 

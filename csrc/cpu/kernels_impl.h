@@ -55,7 +55,7 @@ void forward(const Problem& p, const void* bias, const View& out) {
   std::vector<Convolution<T>> convolutions;
   convolutions.emplace_back(shape_of<T>(p, p.out_channels), std::move(operands), out,
                             static_cast<const Accumulator<T>*>(bias));
-  run_all(convolutions);
+  run_all(convolutions, p.multiplications());
 }
 
 template <class T>
@@ -85,7 +85,7 @@ void backward_data(const Problem& p, const View& gradient, const View* grad_inpu
     }
     channel += s.channels;
   }
-  run_all(convolutions);
+  run_all(convolutions, p.multiplications());
   if (!psi_sums) return;
   for (const auto& of_source : sums) {  // with psi_sums every source has its convolution
     const size_t width = static_cast<size_t>(2 * p.sources[&of_source - sums.data()].channels);

@@ -108,10 +108,11 @@ void moments(const View& x, int64_t batch, int64_t channels, int64_t height, int
     lane_sums.add_lanes_to(&partial[static_cast<size_t>(c * 2)]);
   };
 
-  Crew::run([&](Crew::Worker& worker) {
+  auto program = [&](Crew::Worker& worker) {
     worker.each(interleaved ? parts : channels,
                 [&](int64_t i, int64_t) { interleaved ? add_part(i) : add_channel(i); });
-  });
+  };
+  Crew::run(program, 0, rows * width * channels);
 
   const double count = static_cast<double>(rows * width);
   for (int64_t c = 0; c < channels; ++c) {

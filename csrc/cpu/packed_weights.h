@@ -105,6 +105,7 @@ class PackedWeights {
     const Pass& first = passes_.front();
     PackedCache::Key key{D3NET_VECTOR_BYTES, first.packing().bytes_of_one(),
                          first.packing().are_bfloat16(), sizeof(A)};
+    key.reserve(key.size() + 10 * passes_.size());
     for (const Pass& pass : passes_)
       for (const int64_t part :
            {reinterpret_cast<int64_t>(pass.weight.data), pass.shape.in_channels,

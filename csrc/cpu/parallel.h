@@ -106,11 +106,13 @@ class Crew {
  public:
   /// Below so many multiplications it takes longer to wake a thread than to do without it.
   static constexpr int64_t kWorthSharing = 1 << 20;
+  /// How many take as long as reading or writing one number.
+  static constexpr int64_t kPerNumber = 16;
 
   /// program(worker) on all threads, in one parallel region; on this one alone for little work.
   template <class F>
-  static void run(F&& program, int64_t multiplications = kWorthSharing) {
-    const bool alone = multiplications < kWorthSharing;
+  static void run(F&& program, int64_t multiplications, int64_t numbers = 0) {
+    const bool alone = multiplications + numbers * kPerNumber < kWorthSharing;
     Crew crew(alone ? 1 : num_threads());
     auto body = [&](int64_t index) {
       Worker worker(crew, index);
@@ -129,6 +131,7 @@ class Crew {
     /// item(i, next) for i in [0, count), each on one thread.
     template <class F>
     void each(int64_t count, F&& item) {
+      if (crew_.workers_ == 1) return Alone{}.each(count, item);
       WorkQueue& queue = crew_.phase(phase_++, count);
       queue.work(index_, item);
       queue.wait();

@@ -44,14 +44,15 @@ void to_adjacent_channels(const From* from, int64_t stride_w, int64_t stride_c, 
 template <class T>
 void to_channels_last(const View& x, int64_t batch, int64_t channels, int64_t height, int64_t width,
                       T* to) {
-  Crew::run([&](Crew::Worker& worker) {
+  auto program = [&](Crew::Worker& worker) {
     worker.each(batch * height, [&](int64_t i, int64_t) {
       const T* from =
           static_cast<const T*>(x.data) + i / height * x.stride_n + i % height * x.stride_h;
       to_adjacent_channels(from, x.stride_w, x.stride_c, width, channels, to + i * width * channels,
                            channels);
     });
-  });
+  };
+  Crew::run(program, 0, batch * height * width * channels);
 }
 
 }  // namespace d3net::cpu::D3NET_ISA

@@ -316,6 +316,19 @@ struct Swap {
   static constexpr int of(int lane) { return lane ^ distance; }
 };
 
+/// Lanes 0, 2, ... of (a, b), or 1, 3, ...
+template <int first>
+struct EverySecond {
+  static constexpr int of(int lane) { return 2 * lane + first; }
+};
+/// Lanes of a and b in turns, from their first lanes or from those of their upper halves on.
+template <int lanes, bool upper>
+struct InTurns {
+  static constexpr int of(int lane) {
+    return lane / 2 + (lane % 2 ? lanes : 0) + (upper ? lanes / 2 : 0);
+  }
+};
+
 /// Sum of all lanes, by halves.
 template <class A>
 D3NET_INLINE A sum_lanes(Vec<A> v) {

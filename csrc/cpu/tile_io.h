@@ -118,6 +118,8 @@ class Stager {
                              last - first};
     if (x_.stride_w == 1 || width_ == 1)
       copy_planar(copy, channels, psi);
+    else if (x_.stride_c == 1 && channels == 2 && x_.stride_w == 2)
+      copy_two(copy, psi);
     else if (x_.stride_c == 1)
       copy_interleaved(copy, channels, psi);
     else
@@ -188,6 +190,27 @@ class Stager {
         store(to + i, activate<A>(load_first<A>(from + i, count - i), scale, shift, floor));
       zero_right(copy, c);
     }
+  }
+
+  /// Two channels in turns, and no others.
+  void copy_two(const RowCopy<A, T>& copy, Activation<A> psi) const {
+    const Vec<A> floor = broadcast(psi.floor());
+    for (int64_t c = 0; c < 2; ++c) zero_left(copy, c);
+    for (int64_t i = 0; i < copy.count; i += kN) {
+      const T* from = copy.from + 2 * i;
+      const int64_t rest = 2 * (copy.count - i);
+      const Vec<A> low = rest >= kN ? load<A>(from) : load_first<A>(from, rest);
+      const Vec<A> high = rest >= 2 * kN ? load<A>(from + kN)
+                          : rest > kN    ? load_first<A>(from + kN, rest - kN)
+                                         : Vec<A>{};
+      unroll<2>([&](auto c) __attribute__((always_inline)) {
+        const Vec<A> scale = broadcast(psi.scale ? psi.scale[c] : A{1});
+        const Vec<A> shift = broadcast(psi.scale ? psi.shift[c] : A{0});
+        store(copy.to + c * copy.stride + i,
+              activate<A>(shuffle<EverySecond<c>>(low, high), scale, shift, floor));
+      });
+    }
+    for (int64_t c = 0; c < 2; ++c) zero_right(copy, c);
   }
 
   /// Channels adjacent in memory: lanes are channels until a register transpose makes them pixels.
@@ -261,6 +284,15 @@ void write_tile(const View& out, const Tile& tile, int64_t channel, int64_t chan
         int64_t i = 0;
         for (; i + n <= tile.cols; i += n) store<A>(to + i, load(from + i) + b);
         if (i < tile.cols) store_first<A>(to + i, load(from + i) + b, tile.cols - i);
+      }
+    } else if (channels == 2 && out.stride_w == 2) {
+      for (int64_t i = 0; i < tile.cols; i += n) {
+        const Vec<A> first = load(acc_r + i) + broadcast(bias_of(0));
+        const Vec<A> second = load(acc_r + acc_plane + i) + broadcast(bias_of(1));
+        const int64_t rest = 2 * (tile.cols - i);
+        store_first<A>(row + 2 * i, shuffle<InTurns<n, false>>(first, second), rest);
+        if (rest > n)
+          store_first<A>(row + 2 * i + n, shuffle<InTurns<n, true>>(first, second), rest - n);
       }
     } else {  // dense outputs are NCHW or channels_last: stride_c == 1
       for (int64_t c = 0; c < channels; c += n) {

@@ -100,10 +100,11 @@ class TileLayer {
     const Borrowed<float> workspace(memory, size);
     const int64_t rows = p.batch * p.height;
     std::vector<double> row_sums(static_cast<size_t>(rows * p.out_channels));
-    Crew::run([&](Crew::Worker& worker) {
+    auto program = [&](Crew::Worker& worker) {
       worker.each(rows, [&](int64_t i, int64_t) { sum_row(gradient, i, row_sums.data()); });
       for (const WeightGradient& w : gradients) w.run(worker, workspace.get());
-    });
+    };
+    Crew::run(program, p.multiplications());
     for (int64_t c = 0; c < p.out_channels; ++c) {
       double sum = 0;
       for (int64_t i = 0; i < rows; ++i)
@@ -175,14 +176,15 @@ class TileLayer {
     return w;
   }
 
-  static void run(const std::vector<Pass>& passes) {
+  void run(const std::vector<Pass>& passes) const {
     PackedWeights<Pass> packed(passes, false);
-    Crew::run([&](Crew::Worker& worker) {
+    auto program = [&](Crew::Worker& worker) {
       packed.prepare(worker);
       for (size_t i = 0; i < passes.size(); ++i)
         worker.each(passes[i].tasks(),
                     [&](int64_t task, int64_t next) { passes[i].run(task, next, packed.of(i)); });
-    });
+    };
+    Crew::run(program, p.multiplications());
   }
 
   void sum_row(const View& gradient, int64_t row, double* sums) const {

@@ -44,7 +44,7 @@ struct Measure {
 /// psi seen from behind: gradients of y = psi(x) become those of x * scale + shift, or of x.
 /// sums: [run][channels][2]: over outputs, of the gradient and of the gradient times (x - mean).
 template <class X, class A>
-struct PsiBackward {
+struct PsiBehind {
   Parts<X> parts;
   Activation<A> psi;
   const A* mean = nullptr;
@@ -70,7 +70,7 @@ class TileOutput {
   bool accumulate = false;
   Completed<X> completed;  // only where X is not A
   Measure measure;
-  PsiBackward<X, A> behind;  // sums null: none
+  PsiBehind<X, A> behind;  // sums null: none
 
   int64_t lead() const { return to.begin % kN; }
   int64_t vectors() const { return ceil_div(to.end, kN) - first_vector(); }

@@ -43,12 +43,13 @@ class WeightGradient {
   void run(T* weight, T* bias) {
     static thread_local Scratch memory;
     partial_ = memory.get<A>(parts_ * p_.out_channels * row_);
-    Crew::run([&](Crew::Worker& worker) {
+    auto program = [&](Crew::Worker& worker) {
       worker.each(parts_ * tiling_.out_groups, [&](int64_t i, int64_t) {
         sum_part(i / tiling_.out_groups, i % tiling_.out_groups);
       });
       worker.each(p_.out_channels, [&](int64_t k, int64_t) { add_parts(k, weight, bias); });
-    });
+    };
+    Crew::run(program, p_.multiplications());
   }
 
  private:

@@ -93,12 +93,12 @@ _SHIPPED = {
         "backward_weight": (Config(32, 16, 1, 2), Config(16, 32, 1, 2), Config(16, 32, 2, 2)),
     },
     4: {
-        "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(64, 16, 4, 2)),
+        "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(32, 16, 4, 2)),
         "backward_data": (Config(64, 16, 4, 2), Config(64, 16, 4, 2), Config(64, 16, 8, 2)),
         "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2)),
     },
     8: {
-        "forward": (Config(32, 16, 4, 2),) * 3,
+        "forward": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
         "backward_data": (Config(32, 16, 4, 2),) * 3,
         "backward_weight": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(32, 16, 8, 2)),
     },
@@ -116,7 +116,7 @@ _SCATTERED = {
         "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2)),
     },
     8: {
-        "forward": (Config(32, 16, 4, 2),) * 3,
+        "forward": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
         "backward_data": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
         "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2)),
     },
