@@ -70,7 +70,7 @@ class Key(NamedTuple):
 # Outputs of a program, up to. The weight gradient keeps sums of all of them for every tap: one warp
 # has the registers for 40.
 _BUCKETS = {
-    "forward": (16, 48, 96),
+    "forward": (16, 48, 64, 96),
     "backward_data": (16, 48, 96),
     "backward_weight": (16, 40, 96),
 }
@@ -88,17 +88,32 @@ _INTERPRETER = {
 # By the bytes of an element, the kernel, and the bucket of outputs.
 _SHIPPED = {
     2: {
-        "forward": (Config(256, 16, 2, 3), Config(128, 16, 2, 3), Config(128, 16, 4, 3)),
+        "forward": (
+            Config(256, 16, 2, 3),
+            Config(128, 16, 2, 3),
+            Config(128, 16, 4, 3),
+            Config(128, 16, 4, 3),
+        ),
         "backward_data": (Config(256, 16, 2, 3), Config(128, 16, 2, 3), Config(128, 16, 4, 3)),
         "backward_weight": (Config(32, 16, 1, 2), Config(16, 32, 1, 2), Config(16, 32, 2, 2)),
     },
     4: {
-        "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(32, 16, 4, 2)),
+        "forward": (
+            Config(64, 16, 4, 3),
+            Config(64, 16, 4, 2),
+            Config(64, 16, 4, 2),
+            Config(64, 16, 4, 3),
+        ),
         "backward_data": (Config(64, 16, 4, 2), Config(64, 16, 4, 2), Config(64, 16, 8, 2)),
         "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2)),
     },
     8: {
-        "forward": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
+        "forward": (
+            Config(32, 16, 4, 2),
+            Config(32, 16, 4, 2),
+            Config(64, 16, 4, 3),
+            Config(64, 16, 4, 3),
+        ),
         "backward_data": (Config(32, 16, 4, 2),) * 3,
         "backward_weight": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(32, 16, 8, 2)),
     },
@@ -106,17 +121,32 @@ _SHIPPED = {
 # Elements of scattered tensors have offsets of their own, in registers: fewer elements a thread.
 _SCATTERED = {
     2: {
-        "forward": (Config(64, 16, 4, 3), Config(128, 16, 4, 3), Config(128, 16, 4, 3)),
+        "forward": (
+            Config(64, 16, 4, 3),
+            Config(128, 16, 4, 3),
+            Config(128, 16, 4, 3),
+            Config(128, 16, 4, 3),
+        ),
         "backward_data": (Config(64, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
         "backward_weight": (Config(32, 16, 2, 2), Config(16, 32, 2, 2), Config(16, 32, 4, 2)),
     },
     4: {
-        "forward": (Config(64, 16, 4, 3), Config(64, 16, 4, 2), Config(64, 16, 8, 2)),
+        "forward": (
+            Config(64, 16, 4, 3),
+            Config(64, 16, 4, 2),
+            Config(64, 16, 8, 2),
+            Config(64, 16, 8, 2),
+        ),
         "backward_data": (Config(64, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
         "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2)),
     },
     8: {
-        "forward": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
+        "forward": (
+            Config(32, 16, 4, 2),
+            Config(32, 16, 4, 2),
+            Config(64, 16, 4, 3),
+            Config(64, 16, 4, 3),
+        ),
         "backward_data": (Config(32, 16, 4, 2), Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
         "backward_weight": (Config(32, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2)),
     },
