@@ -54,15 +54,17 @@ class D2Forward : D2Block<T> {
 
     auto program = [&](Crew::Worker& worker) {
       packed.prepare(worker);
-      worker.once([&] { this->fold_norm(0); });
+      worker.once([&] {  // what is known already
+        for (int64_t j = 0; j < p.layers; ++j)
+          if (j == 0 || !p.norms[j].use_batch) this->fold_norm(j);
+      });
       for (size_t i = 0; i < passes.size(); ++i) {
         worker.each(passes[i].tasks(),
                     [&](int64_t task, int64_t next) { passes[i].run(task, next, packed.of(i)); });
         const int64_t layer = this->links_[i].finishes;
-        if (layer == 0) continue;
-        if (layer < p.layers)
+        if (this->measures(layer))
           worker.once([&] {
-            if (this->measures(layer)) merge(layer, moments[i], counts[i]);
+            merge(layer, moments[i], counts[i]);
             this->fold_norm(layer);
           });
       }
