@@ -27,7 +27,7 @@ TOO_SLOW = 0.95  # below this ratio something counts as slower than torch
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME*, for git")
+    where.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME-*, for git")
     where.add_argument(
         "--out", type=Path, default=SCRATCH, metavar="FOLDER", help="default benchmarks/scratch"
     )
@@ -35,8 +35,8 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def stem_of(kind: str, options: argparse.Namespace) -> Path:
     """The files of this run without their endings; the folder is made."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}"
-    stem: Path = RESULTS / options.save if options.save else options.out / name
+    name = options.save or time.strftime("%Y%m%d-%H%M%S")
+    stem: Path = (RESULTS if options.save else options.out) / f"{name}-{kind}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     return stem
 

@@ -49,9 +49,9 @@ def multidilated_conv2d(
     they are made to); scale and shift have that dtype or float32. bfloat16 and float16 accumulate
     in float32. On GPUs, float32 is rounded to TF32 for products where torch's own convolutions may
     (`torch.backends.cudnn.conv.fp32_precision` is "tf32", the default) and tensor cores serve: by
-    the CUDA kernels with 3x3 kernels, outside of the weight's gradient. On the CPU, 3x3 kernels on
-    float32 in channels_last follow torch's switches as :func:`d3net_kernels.d2_block` does. A
-    backward pass goes by what held in the forward pass.
+    the CUDA kernels with 3x3 kernels. On the CPU, 3x3 kernels on float32 in channels_last follow
+    torch's switches as :func:`d3net_kernels.d2_block` does. A backward pass goes by what held in
+    the forward pass.
 
     Raises:
         TypeError: an argument or its dtype is of the wrong kind.

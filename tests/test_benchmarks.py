@@ -3,6 +3,7 @@ the same, and a run that was interrupted must lose nothing."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import json
@@ -277,6 +278,17 @@ def test_bad_arguments_of_blocks(
     with pytest.raises(SystemExit):
         blocks.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_benchmarks_saved_under_one_name_keep_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    parser = argparse.ArgumentParser()
+    records.add_output_options(parser)
+    stems = [records.stem_of(k, parser.parse_args(["--save", "name"])) for k in ("blocks", "nets")]
+    assert stems == [tmp_path / "results/name-blocks", tmp_path / "results/name-nets"]
+    assert stems[0].parent.is_dir()
 
 
 def test_curves(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ FLOAT32 = {
 TF32 = {
     "tensor_forward_relu_2x8_tf32",
     "tensor_backward_data_3x6_tf32",
-    "direct_backward_weight_float32",
+    "tensor_weight_relu_tf32",
 }
 
 

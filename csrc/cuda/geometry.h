@@ -168,28 +168,42 @@ struct TensorConvolve {
   int64_t partial_channels;
 };
 
-// The weight gradient, of 16-bit maps only: a block walks down the map, kWeightRows rows of the
-// gradient a step.
-constexpr int kWeightChunk = chunk_channels(2);
-constexpr int kWeightRows = 2;
-constexpr int kWeightWarps = 3 * kWeightRows;  // one for each row of taps and row of a step
-constexpr int kWeightThreads = 32 * kWeightWarps;
-// Its staged source: the rows of a step, of the one before, the one after, and the one that is
-// being loaded, in slots as above.
-constexpr int kRingRows = 4 * kWeightRows;
-constexpr int kRingPitch = kColumns + 2 * kWidestBand + 2;  // 2 modulo 8
-constexpr int kRingHalf = kRingRows * kRingPitch + 1;       // 1 modulo 8
+// The weight gradient: a block walks down the map, some rows of the gradient a step.
+constexpr int kWeightChunk = 16;  // channels, which are the rows of a product
+constexpr int weight_rows(int element_bytes) { return element_bytes == 4 ? 1 : 2; }
+/// One warp for each row of taps and row of a step.
+constexpr int weight_warps(int element_bytes) { return 3 * weight_rows(element_bytes); }
+constexpr int weight_threads(int element_bytes) { return 32 * weight_warps(element_bytes); }
+
+// Its staged source is a ring: the rows of a step, of the one before, the one after, and the one
+// that is being loaded.
+constexpr int ring_rows(int element_bytes) { return 4 * weight_rows(element_bytes); }
+constexpr int kRingColumns = kColumns + 2 * kWidestBand;
+// Of 16 bits, [half of the chunk][row][column] in slots as above.
+constexpr int kRingPitch = kRingColumns + 2;              // 2 modulo 8
+constexpr int kRingHalf = ring_rows(2) * kRingPitch + 1;  // 1 modulo 8
 static_assert(kRingPitch % 8 == 2 && kRingHalf % 8 == 1);
+// Of float32, [row][channel][column]: a fragment is read element by element, for its rows are
+// channels and ldmatrix transposes 16-bit elements only. Eight channels by four columns lie in 32
+// banks at any shift.
+constexpr int kRingChannel = kRingColumns + 4;  // 4 modulo 32
+static_assert(kRingChannel % 32 == 4);
+constexpr int ring_bytes(int element_bytes) {
+  return element_bytes == 4 ? ring_rows(4) * kWeightChunk * kRingChannel * 4 : 2 * kRingHalf * 16;
+}
 /// Bytes of an output in the staged gradient: odd in slots, so that ldmatrix has no conflicts.
-constexpr int kGradientPitch = kWeightRows * kColumns * 2 + 16;
+constexpr int gradient_pitch(int element_bytes) {
+  return weight_rows(element_bytes) * kColumns * element_bytes + 16;
+}
 
 /// Dynamic shared memory: the source's rows, two steps of the gradient.
-constexpr int weight_shared_bytes() {
-  constexpr int pipeline = 2 * 16 * kRingHalf + 2 * 8 * kMostTiles * kGradientPitch;
-  static_assert(pipeline >= 8 * kMostTiles * (9 * kWeightChunk + 1) * 4,
-                "the sums pass it at the end");
-  return pipeline;
+constexpr int weight_shared_bytes(int element_bytes) {
+  return ring_bytes(element_bytes) + 2 * 8 * kMostTiles * gradient_pitch(element_bytes);
 }
+/// Floats of an output as the sums pass shared memory at the end; the last one is the bias.
+constexpr int kSumsPitch = 9 * kWeightChunk + 1;
+static_assert(weight_shared_bytes(2) >= 8 * kMostTiles * kSumsPitch * 4 &&
+              weight_shared_bytes(4) >= 8 * kMostTiles * kSumsPitch * 4);
 
 /// What a block of the weight gradient sums: some channels of a source and some outputs, over all
 /// rows of taps.

@@ -13,15 +13,12 @@
   X(tensor_backward_data_##TILE##_##DTYPE, TensorConvolve)
 
 // The tiles of kTensorTiles in plan.h.
-#define D3NET_CUDA_TENSOR_CONVOLUTIONS(X, DTYPE) \
+#define D3NET_CUDA_TENSOR_KERNELS(X, DTYPE)      \
   D3NET_CUDA_TENSOR_KERNELS_OF(X, 1x8, DTYPE)    \
   D3NET_CUDA_TENSOR_KERNELS_OF(X, 2x8, DTYPE)    \
   D3NET_CUDA_TENSOR_KERNELS_OF(X, 3x6, DTYPE)    \
   D3NET_CUDA_TENSOR_KERNELS_OF(X, 4x4, DTYPE)    \
-  D3NET_CUDA_TENSOR_KERNELS_OF(X, 5x4, DTYPE)
-
-#define D3NET_CUDA_TENSOR_KERNELS(X, DTYPE)      \
-  D3NET_CUDA_TENSOR_CONVOLUTIONS(X, DTYPE)       \
+  D3NET_CUDA_TENSOR_KERNELS_OF(X, 5x4, DTYPE)    \
   X(tensor_weight_##DTYPE, TensorWeightGradient) \
   X(tensor_weight_relu_##DTYPE, TensorWeightGradient)
 
@@ -38,7 +35,7 @@
   D3NET_CUDA_DIRECT_KERNELS(X, float16)    \
   D3NET_CUDA_TENSOR_KERNELS(X, bfloat16)   \
   D3NET_CUDA_TENSOR_KERNELS(X, float16)    \
-  D3NET_CUDA_TENSOR_CONVOLUTIONS(X, tf32)
+  D3NET_CUDA_TENSOR_KERNELS(X, tf32)
 
 namespace d3net::cuda {
 

@@ -84,12 +84,6 @@ inline const char* tensor_refuses(const Problem& p, const Arch& arch) {
   return nullptr;
 }
 
-/// The same of the tensor-core weight gradient.
-inline const char* tensor_weight_refuses(const Problem& p, const Arch& arch) {
-  if (p.dtype == DType::float32) return "ldmatrix transposes 16-bit elements only";
-  return tensor_refuses(p, arch);
-}
-
 /// The widest access to a map of so many channels and columns.
 inline Access access_of(const View& v, int64_t channels, int64_t width, int64_t element_bytes) {
   auto fits = [](int64_t elements) { return elements % kPixelsALoad == 0; };
@@ -172,12 +166,12 @@ inline void append_stages(std::vector<Stage>& to, Stage stage, int64_t dilation_
     }
 }
 
-/// Sizes of the walks of a weight gradient over a map of that height.
-inline void set_walks(WeightJob& job, int64_t dilation, int64_t height) {
+/// Sizes of the walks of a weight gradient over a map of that height, so many rows a step.
+inline void set_walks(WeightJob& job, int64_t dilation, int64_t height, int64_t rows) {
   const int64_t d = dilation < height ? dilation : 0;
   job.row_dilation = static_cast<int32_t>(d);
-  job.stride = static_cast<int32_t>(std::max<int64_t>(d, kWeightRows));
-  job.remainders = static_cast<int32_t>(divide_up(job.stride, kWeightRows));
+  job.stride = static_cast<int32_t>(std::max<int64_t>(d, rows));
+  job.remainders = static_cast<int32_t>(divide_up(job.stride, rows));
   job.steps = static_cast<int32_t>(divide_up(height, job.stride));
 }
 

@@ -215,11 +215,11 @@ class TensorConvolutions {
   std::vector<Chunk> chunks_;
 };
 
-/// The weight gradient of 16-bit maps on tensor cores: a job for every chunk of channels, column of
-/// taps where the dilation is wide, and block of outputs.
+/// The weight gradient on tensor cores: a job for every chunk of channels, column of taps where the
+/// dilation is wide, and block of outputs.
 class TensorWeightJobs {
  public:
-  explicit TensorWeightJobs(const Problem& p) : p_(p) {
+  explicit TensorWeightJobs(const Problem& p) : p_(p), bytes_(element_bytes(p.dtype)) {
     int64_t channel = 0;
     for (int64_t i = 0; i < p.num_sources; ++i) {
       const Source& source = p.sources[i];
@@ -246,21 +246,21 @@ class TensorWeightJobs {
     params.width = static_cast<int32_t>(p_.width);
     params.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
     params.gradient = gradient;
-    const bool by_rows = access_of(gradient, p_.out_channels, p_.width, 2) == Access::rows;
+    const bool by_rows = access_of(gradient, p_.out_channels, p_.width, bytes_) == Access::rows;
     params.access = by_rows ? Access::rows : Access::any;
     params.wide_loads = p_.width % 8 == 0 && aligned_to_16_bytes(gradient);
     params.num_jobs = static_cast<int32_t>(jobs_.size());
-    *parts = tensor_gradient_parts(params.num_jobs,
-                                   p_.batch * params.tiles_w * divide_up(p_.height, kWeightRows),
-                                   device.arch());
+    *parts = tensor_gradient_parts(
+        params.num_jobs, p_.batch * params.tiles_w * divide_up(p_.height, weight_rows(bytes_)),
+        device.arch());
     params.parts = static_cast<int32_t>(*parts);
     params.outputs = static_cast<int32_t>(p_.out_channels);
     params.columns = p_.in_channels * 9 + 1;
     params.partial =
         static_cast<float*>(device.allocate(*parts * p_.out_channels * params.columns * 4));
     launch(device,
-           std::string(p_.psi.relu ? "tensor_weight_relu" : "tensor_weight") + suffix_of(p_.dtype),
-           *parts * params.num_jobs, kWeightThreads, params, weight_shared_bytes());
+           (p_.psi.relu ? "tensor_weight_relu" : "tensor_weight") + tensor_suffix_of(p_.dtype),
+           *parts * params.num_jobs, weight_threads(bytes_), params, weight_shared_bytes(bytes_));
     return params.partial;
   }
 
@@ -269,12 +269,14 @@ class TensorWeightJobs {
     WeightJob job{};
     job.channels = static_cast<int32_t>(std::min<int64_t>(kWeightChunk, source.channels - in));
     job.chunk = static_cast<int32_t>(chunks_.size());
-    chunks_.push_back({p_.weight, channel, job.channels, 0});
-    job.data = static_cast<const char*>(source.x.data) + 2 * in * source.x.stride_c;
+    const int32_t packed = chunk_channels(bytes_);
+    for (int32_t c = 0; c < job.channels; c += packed)
+      chunks_.push_back({p_.weight, channel + c, std::min(packed, job.channels - c), 0});
+    job.data = static_cast<const char*>(source.x.data) + bytes_ * in * source.x.stride_c;
     job.stride_n = source.x.stride_n, job.stride_c = source.x.stride_c;
     job.stride_h = source.x.stride_h, job.stride_w = source.x.stride_w;
-    const Access access = access_of(source.x, source.channels, p_.width, 2);
-    set_walks(job, source.dilation_h, p_.height);
+    const Access access = access_of(source.x, source.channels, p_.width, bytes_);
+    set_walks(job, source.dilation_h, p_.height, weight_rows(bytes_));
     const bool horizontal = source.dilation_w < p_.width;
     const bool band = horizontal && source.dilation_w <= kWidestBand;
     const int32_t d = horizontal ? static_cast<int32_t>(source.dilation_w) : 0;
@@ -300,6 +302,7 @@ class TensorWeightJobs {
   }
 
   const Problem& p_;
+  int bytes_;  // of an element
   std::vector<Chunk> chunks_;
   std::vector<WeightJob> jobs_;
 };
@@ -418,7 +421,7 @@ void backward_weight(Device& device, Problem p, const Coefficients& coefficients
   const int64_t taps = p.kernel_h * p.kernel_w, columns = p.in_channels * taps + 1;
   int64_t parts = 0;
   const void* partial =
-      tensor_weight_refuses(p, device.arch())
+      tensor_refuses(p, device.arch())
           ? direct_backward_weight(device, p, coefficients, gradient, columns, &parts)
           : TensorWeightJobs(p).run(device, coefficients, gradient, &parts);
   launch(device, "finish_sums", divide_up(p.out_channels * columns, kFinishColumns),

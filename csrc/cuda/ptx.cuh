@@ -84,6 +84,13 @@ __device__ inline void load_two_matrices(uint32_t& r0, uint32_t& r1, uint32_t ad
                : "memory");
 }
 
+/// One word of shared memory.
+__device__ inline uint32_t load_word(uint32_t address) {
+  uint32_t r;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
+  return r;
+}
+
 __device__ inline void store_16_bytes(uint32_t address, const uint32_t (&v)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
                "r"(v[2]), "r"(v[3])

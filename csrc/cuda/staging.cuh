@@ -160,6 +160,24 @@ __device__ inline void store_pixels(uint32_t to, const Four<T> (&raw)[kSlot<T>],
   }
 }
 
+/// psi of four neighbours of a slot's channels of float32, rounded to TF32, to rows of channels
+/// that lie `pitch` bytes apart; zeros where `inside` has no bit.
+template <bool kRelu>
+__device__ inline void store_channels(uint32_t to, uint32_t pitch, const uint4 (&raw)[4],
+                                      bool by_pixels, const HalfPsi<tf32>& psi, uint32_t inside) {
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    uint32_t row[kPixelsALoad];
+#pragma unroll
+    for (int pixel = 0; pixel < kPixelsALoad; ++pixel) {
+      const float x = by_pixels ? element<tf32>(raw[pixel], c) : element<tf32>(raw[c], pixel);
+      const uint32_t y = ptx::to_tf32<kRelu>(fmaf(x, psi.scale[c], psi.shift[c]));
+      row[pixel] = inside >> pixel & 1 ? y : 0u;
+    }
+    ptx::store_16_bytes(to + c * pitch, row);
+  }
+}
+
 __device__ inline void store_zeros(uint32_t to) {
 #pragma unroll
   for (int pixel = 0; pixel < kPixelsALoad; ++pixel)

@@ -4,9 +4,10 @@
 //
 // has channels as rows, outputs as columns and pixels as its inner dimension. A block owns 16
 // channels of one source, their three rows of taps and up to 8 * kMostTiles outputs, and walks down
-// its part of the map in steps of the dilation: a row of psi(x) is staged once, as in the forward
-// pass (tensor.cuh), and stays for the three rows of the gradient that it meets; the gradient is
-// staged by outputs. A warp owns a row of taps and a row of the step.
+// its part of the map in steps of the dilation: a row of psi(x) is staged once and stays for the
+// three rows of the gradient that it meets; the gradient is staged by outputs. A warp owns a row of
+// taps and a row of the step. 16 bits are staged as in the forward pass (tensor.cuh), float32 by
+// channels (geometry.h says why); the gradient of the bias is not rounded to TF32.
 //
 // Rows of taps that meet padding are left out. An infinity or a NaN of the gradient therefore stays
 // out of them, while plain torch multiplies it with the padding's zeros and makes NaN.
@@ -18,9 +19,15 @@ namespace d3net::cuda::tensor {
 
 template <class T, bool kRelu>
 class WeightBlock {
-  static constexpr int N = kMostTiles;
-  static constexpr int kStaging = kWeightThreads / 2;  // threads; the others copy the gradient
-  static_assert(kStaging >= (kColumns + 2 * kWidestBand) / kPixelsALoad * 2 * kWeightRows);
+  static constexpr bool kIsFloat = sizeof(T) == 4;
+  static constexpr int N = kMostTiles, kRows = weight_rows(sizeof(T));
+  static constexpr int kRing = ring_rows(sizeof(T)), kGradientPitch = gradient_pitch(sizeof(T));
+  static constexpr int kRingBytes = ring_bytes(sizeof(T));
+  static constexpr int kWarps = weight_warps(sizeof(T));
+  static constexpr int kStaging = 16 * kWarps;     // threads; the others copy the gradient
+  static constexpr int kLoads = kIsFloat ? 2 : 1;  // of a thread that stages
+  static_assert(kLoads * kStaging == kRingColumns / kPixelsALoad * (kWeightChunk / kSlot<T>)*kRows);
+  static constexpr int kInner = kIsFloat ? 8 : 16;  // pixels of a product
 
  public:
   __device__ WeightBlock(const TensorWeightGradient& p, unsigned char* shared)
@@ -47,7 +54,7 @@ class WeightBlock {
   /// The walk of that step of the block's job; returns the step's place in it.
   __device__ int take_walk(int64_t at) {
     int64_t walk = at / job_.steps;
-    first_row_ = static_cast<int>(walk % job_.remainders) * kWeightRows;
+    first_row_ = static_cast<int>(walk % job_.remainders) * kRows;
     walk /= job_.remainders;
     column_ = static_cast<int>(walk % p_.tiles_w) * kColumns;
     n_ = static_cast<int>(walk / p_.tiles_w);
@@ -79,52 +86,74 @@ class WeightBlock {
     return step >= 0 && first_row_ + row < job_.stride && h < p_.height ? h : -1;
   }
 
-  // How threads stage: {vector parity, half, row} as in tensor.cuh, then pairs of vectors.
-  __device__ static int half() { return threadIdx.x >> 1 & 1; }
-  __device__ static int staged_row() { return threadIdx.x >> 2 & 1; }
-  __device__ static int staged_column() {
-    return static_cast<int>(threadIdx.x / 8 * 2 + (threadIdx.x & 1)) * kPixelsALoad;
-  }
-  __device__ bool stages() const {
-    return threadIdx.x < kStaging && staged_column() < job_.columns && 8 * half() < job_.channels;
+  struct Unit {  // kPixelsALoad pixels of a slot's channels that a thread loads
+    int slot, row, column;
+  };
+  /// 16 bits: threads are {vector parity, half, row} as in tensor.cuh, then pairs of vectors.
+  /// float32: neighbours are vectors of a row, which they store as they lie.
+  __device__ static Unit unit(int load) {
+    const int t = threadIdx.x;
+    if constexpr (kIsFloat) {
+      constexpr int vectors = kRingColumns / kPixelsALoad;
+      const int i = t + load * kStaging;
+      return {i / vectors, 0, i % vectors * kPixelsALoad};
+    } else {
+      return {t >> 1 & 1, t >> 2 & 1, (t / 8 * 2 + (t & 1)) * kPixelsALoad};
+    }
   }
 
   /// A step's pixels of the source to registers.
   __device__ void load(int step) {
-    const int h = map_row(step, staged_row());
-    const int w = column_ + job_.column + staged_column();
-    there_ = stages() && h >= 0;
-    inside_ = 0;
-    if (!there_) return;
-    const T* from = static_cast<const T*>(job_.data) + n_ * job_.stride_n +
-                    8 * half() * job_.stride_c + h * job_.stride_h + w * job_.stride_w;
-    const int channels = job_.channels - 8 * half();
-    if (job_.access != Access::rows) {
-      inside_ = pixels_inside(w, p_.width);
-      load_elements(raw_, from, job_.access, job_.stride_c, job_.stride_w, channels, inside_);
-    } else if (lies_in(w, p_.width)) {
-      inside_ = kAllInside;
-      load_rows(raw_, from, job_.stride_c, channels);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const Unit u = unit(i);
+      const int h = map_row(step, u.row), w = column_ + job_.column + u.column;
+      const int channels = job_.channels - kSlot<T> * u.slot;
+      there_[i] = threadIdx.x < kStaging && u.column < job_.columns && channels > 0 && h >= 0;
+      inside_[i] = 0;
+      if (!there_[i]) continue;
+      const T* from = static_cast<const T*>(job_.data) + n_ * job_.stride_n +
+                      kSlot<T> * u.slot * job_.stride_c + h * job_.stride_h + w * job_.stride_w;
+      if (job_.access != Access::rows) {
+        inside_[i] = pixels_inside(w, p_.width);
+        load_elements(raw_[i], from, job_.access, job_.stride_c, job_.stride_w, channels,
+                      inside_[i]);
+      } else if (lies_in(w, p_.width)) {
+        inside_[i] = kAllInside;
+        load_rows(raw_[i], from, job_.stride_c, channels);
+      }
     }
   }
 
   /// psi of the registers to the ring.
   __device__ void store(int step) {
-    if (!there_) return;
-    if (job_.access == Access::pixels) pixels_to_rows(raw_);
-    HalfPsi<T> psi;  // loaded anew: the registers do not hold it beside the sums
-    psi.load(p_.coefficients, job_.chunk, half());
-    const int row = (kWeightRows * step + staged_row()) & (kRingRows - 1);
-    const uint32_t to = ring_ + (half() * kRingHalf + row * kRingPitch + staged_column()) * 16;
-    if (inside_)
-      store_pixels<T, kRelu ? Prologue::affine_relu : Prologue::affine>(to, raw_, psi);
-    else
-      store_zeros(to);
-    if (job_.access != Access::rows) store_zeros_outside(to, inside_);
+    constexpr Prologue prologue = kRelu ? Prologue::affine_relu : Prologue::affine;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (!there_[i]) continue;
+      const Unit u = unit(i);
+      HalfPsi<T> psi;  // loaded anew: the registers do not hold it beside the sums
+      psi.load(p_.coefficients, job_.chunk, u.slot);
+      const int row = (kRows * step + u.row) & (kRing - 1);
+      if constexpr (kIsFloat) {
+        const uint32_t to =
+            ring_ + ((row * kWeightChunk + kSlot<T> * u.slot) * kRingChannel + u.column) * 4;
+        store_channels<kRelu>(to, kRingChannel * 4, raw_[i], job_.access == Access::pixels, psi,
+                              inside_[i]);
+      } else {
+        if (job_.access == Access::pixels) pixels_to_rows(raw_[i]);
+        const uint32_t to = ring_ + (u.slot * kRingHalf + row * kRingPitch + u.column) * 16;
+        if (inside_[i])
+          store_pixels<T, prologue>(to, raw_[i], psi);
+        else
+          store_zeros(to);
+        if (job_.access != Access::rows) store_zeros_outside(to, inside_[i]);
+      }
+    }
   }
 
   __device__ uint32_t gradient_buffer(int step) const {
-    return ring_ + 2 * kRingHalf * 16 + (step & 1) * 8 * N * kGradientPitch;
+    return ring_ + kRingBytes + (step & 1) * 8 * N * kGradientPitch;
   }
 
   /// A step's rows of the gradient to shared memory, zeros right of the map. What is missing from
@@ -133,16 +162,16 @@ class WeightBlock {
     if (threadIdx.x >= kStaging) {
       if (p_.access == Access::any)
         copy_gradient_elements(step);
-      else if (p_.wide_loads)
-        copy_gradient<8>(step);
+      else if (kIsFloat || p_.wide_loads)
+        copy_gradient<16>(step);
       else
-        copy_gradient<4>(step);
+        copy_gradient<8>(step);
     }
     ptx::commit_copies();
   }
   /// Neighbours in memory by neighbouring threads.
   __device__ void copy_gradient_elements(int step) const {
-    constexpr int pixels = kWeightRows * kColumns;
+    constexpr int pixels = kRows * kColumns;
     const View& g = p_.gradient;
     const bool channels_inside = g.stride_c < g.stride_w;
     const uint32_t to = gradient_buffer(step) - ring_;
@@ -155,25 +184,26 @@ class WeightBlock {
       if (w < p_.width)
         value =
             static_cast<const T*>(g.data)[direct::offset_of(g, n_, job_.first_output + k, h, w)];
-      *reinterpret_cast<T*>(shared_ + to + k * kGradientPitch + pixel * 2) = value;
+      *reinterpret_cast<T*>(shared_ + to + k * kGradientPitch + pixel * sizeof(T)) = value;
     }
   }
-  template <int kPixels>
+  template <int kBytes>
   __device__ void copy_gradient(int step) const {
-    constexpr int vectors = kColumns / kPixels, apart = kStaging / (vectors * kWeightRows);
-    const int t = threadIdx.x - kStaging, vector = t % vectors, row = t / vectors % kWeightRows;
-    const int first = t / (vectors * kWeightRows);
-    const int h = map_row(step, row), w = column_ + vector * kPixels;
+    constexpr int pixels = kBytes / sizeof(T), vectors = kColumns / pixels;
+    constexpr int apart = kStaging / (vectors * kRows);
+    const int t = threadIdx.x - kStaging, vector = t % vectors, row = t / vectors % kRows;
+    const int first = t / (vectors * kRows);
+    const int h = map_row(step, row), w = column_ + vector * pixels;
     if (h < 0) return;
     const View& g = p_.gradient;
     const bool inside = w < p_.width;
     const T* from = static_cast<const T*>(g.data);
     if (inside)
       from += n_ * g.stride_n + (job_.first_output + first) * g.stride_c + h * g.stride_h + w;
-    uint32_t to =
-        gradient_buffer(step) + first * kGradientPitch + (row * kColumns + vector * kPixels) * 2;
+    uint32_t to = gradient_buffer(step) + first * kGradientPitch + row * kColumns * sizeof(T) +
+                  vector * kBytes;
     for (int k = first; k < job_.outputs; k += apart) {
-      if constexpr (kPixels == 8)
+      if constexpr (kBytes == 16)
         ptx::copy_async_16(to, from, inside ? 16 : 0);
       else
         ptx::copy_async_8(to, from, inside ? 8 : 0);
@@ -184,20 +214,22 @@ class WeightBlock {
 
   /// sums_ += the step's rows of the gradient times the rows of psi(x) under the row of taps.
   __device__ void multiply(int step) {
-    const int warp = threadIdx.x / 32, tap_row = warp / kWeightRows - 1, row = warp % kWeightRows;
+    const int warp = threadIdx.x / 32, tap_row = warp / kRows - 1, row = warp % kRows;
     const int h = map_row(step, row), x_row = h + tap_row * job_.row_dilation;
     if (h < 0 || x_row < 0 || x_row >= p_.height) return;
     if (tap_row != 0 && job_.row_dilation == 0) return;
-    const int in_ring = kWeightRows * step + row + tap_row * min(job_.row_dilation, kWeightRows);
-    const int lane = threadIdx.x % 32;
-    // Matrices of a fragment of psi(x): {channels low, high} x {pixels low, high}, transposed.
-    const uint32_t pixels =
-        ring_ + (lane / 8 % 2 * kRingHalf + (in_ring & (kRingRows - 1)) * kRingPitch +
-                 (job_.taps == 1 ? 0 : -job_.column) + lane / 16 * 8 + lane % 8) *
-                    16;
+    const int in_ring =
+        (kRows * step + row + tap_row * min(job_.row_dilation, kRows)) & (kRing - 1);
+    const int lane = threadIdx.x % 32, first = job_.taps == 1 ? 0 : -job_.column;
+    uint32_t pixels = ring_;
+    if constexpr (kIsFloat)  // the lane's first element of a fragment of psi(x)
+      pixels += ((in_ring * kWeightChunk + lane / 4) * kRingChannel + first + lane % 4) * 4;
+    else  // its row of the matrices {channels low, high} x {pixels low, high}, transposed
+      pixels +=
+          (lane / 8 % 2 * kRingHalf + in_ring * kRingPitch + first + lane / 16 * 8 + lane % 8) * 16;
     // Of the gradient: {pixels low, high} x {outputs of two tiles}.
     const uint32_t gradient = gradient_buffer(step) + (lane / 16 * 8 + lane % 8) * kGradientPitch +
-                              (row * kColumns + lane / 8 % 2 * 8) * 2;
+                              row * kColumns * sizeof(T) + lane / 8 % 2 * 16;
     with_number<N>((job_.outputs + 7) / 8 - 1, [&](auto last) {
       constexpr int tiles = last.value + 1;
       if (job_.taps == 1)
@@ -212,53 +244,77 @@ class WeightBlock {
   __device__ void multiply(uint32_t pixels, uint32_t gradient) {
     const int columns = min(p_.width - column_, kColumns);
     const auto nothing = [](uint32_t (&)[4]) {};
+    constexpr int apart = kIsFloat ? 32 : 256;  // bytes of psi(x) that the pixels of a product take
 #pragma unroll
-    for (int step = 0; step < kColumns / 16; ++step)
-      if (step * 16 + 16 <= columns)
-        multiply_16<kTiles, kTaps>(pixels + step * 256, gradient + step * 32, nothing);
-    if (columns % 16 == 0) return;
+    for (int step = 0; step < kColumns / kInner; ++step)
+      if ((step + 1) * kInner <= columns)
+        multiply_some<kTiles, kTaps>(pixels + step * apart, gradient + step * 32, nothing);
+    if (columns % kInner == 0) return;
     // Right of the map the gradient is zero, which would make NaN of an infinity of psi(x).
-    const int step = columns / 16, first = columns % 16 - threadIdx.x % 4 * 2;
-    const uint32_t low = live_pixels(first), high = live_pixels(first - 8);
-    multiply_16<kTiles, kTaps>(pixels + step * 256, gradient + step * 32, [&](uint32_t (&a)[4]) {
-      a[0] &= low, a[1] &= low, a[2] &= high, a[3] &= high;
-    });
+    constexpr int in_word = 4 / sizeof(T);
+    const int step = columns / kInner;
+    const int first = columns % kInner - static_cast<int>(threadIdx.x % 4) * in_word;
+    const uint32_t low = live_pixels(first), high = live_pixels(first - kInner / 2);
+    multiply_some<kTiles, kTaps>(
+        pixels + step * apart, gradient + step * 32,
+        [&](uint32_t (&a)[4]) { a[0] &= low, a[1] &= low, a[2] &= high, a[3] &= high; });
   }
 
-  /// A mask of two neighbouring pixels of which the first `count` are on the map.
+  /// A mask of a word's pixels, two of 16 bits or one, of which the first `count` are on the map.
   __device__ static uint32_t live_pixels(int count) {
-    return count >= 2 ? ~0u : count == 1 ? 0xffffu : 0u;
+    return count >= static_cast<int>(4 / sizeof(T)) ? ~0u : count == 1 ? 0xffffu : 0u;
   }
 
-  /// 16 pixels of a row; `mask` takes the fragments of psi(x).
+  /// The pixels of a product, in a row; `mask` takes the fragments of psi(x).
   template <int kTiles, int kTaps, class Mask>
-  __device__ void multiply_16(uint32_t pixels, uint32_t gradient, Mask&& mask) {
+  __device__ void multiply_some(uint32_t pixels, uint32_t gradient, Mask&& mask) {
     uint32_t b[kTiles + 1][2];
     load_gradient<kTiles>(b, gradient);
-    const int d = job_.dilation * 16;
+    if constexpr (kIsFloat) {
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i)
+        b[i / 2][i % 2] = ptx::to_tf32<false>(__uint_as_float(b[i / 2][i % 2]));
+    }
+    const int d = job_.dilation * (kIsFloat ? 4 : 16);
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) {
       uint32_t a[4];
-      ptx::load_matrices_transposed(a, pixels + (kTaps == 1 ? 0 : (tap - 1) * d));
+      load_psi(a, pixels + (kTaps == 1 ? 0 : (tap - 1) * d));
       mask(a);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) ptx::mma<T>(sums_[tap][j], a, b[j]);
     }
   }
 
+  /// A fragment of psi(x): {channels low, high} x {pixels low, high}.
+  __device__ static void load_psi(uint32_t (&a)[4], uint32_t at) {
+    if constexpr (kIsFloat) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        a[i] = ptx::load_word(at + i % 2 * 8 * kRingChannel * 4 + i / 2 * kInner / 2 * 4);
+    } else {
+      ptx::load_matrices_transposed(a, at);
+    }
+  }
+
+  /// The first column of sums_[3] holds the sums: of float32 a quarter in each of four lanes.
   template <int kTiles>
   __device__ void add_to_bias(uint32_t gradient) {
     const uint32_t one = __is_same(T, bfloat16) ? 0x3f803f80u : 0x3c003c00u;
     const uint32_t ones[4] = {one, one, one, one};
-    for (int step = 0; step < kColumns / 16; ++step) {
+    for (int step = 0; step < kColumns / kInner; ++step) {
       uint32_t b[kTiles + 1][2];
       load_gradient<kTiles>(b, gradient + step * 32);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) ptx::mma<T>(sums_[3][j], ones, b[j]);
+      for (int j = 0; j < kTiles; ++j)
+        if constexpr (kIsFloat)
+          sums_[3][j][0] += __uint_as_float(b[j][0]) + __uint_as_float(b[j][1]);
+        else
+          ptx::mma<T>(sums_[3][j], ones, b[j]);
     }
   }
 
-  /// Fragments of 16 pixels of the gradient; kTiles tiles of 8 outputs.
+  /// Fragments of a product's pixels of the gradient; kTiles tiles of 8 outputs.
   template <int kTiles>
   __device__ static void load_gradient(uint32_t (&b)[kTiles + 1][2], uint32_t at) {
 #pragma unroll
@@ -276,13 +332,13 @@ class WeightBlock {
   /// Adds the sums of the rows of a step and writes this part: for an output, the channels' taps
   /// are neighbours in shared memory as in the result.
   __device__ void finish(int part) {
-    constexpr int pitch = 9 * kWeightChunk + 1;  // the last one is the bias
+    constexpr int pitch = kSumsPitch;
     float* staged = reinterpret_cast<float*>(shared_);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int tap_row = warp / kWeightRows, taps = job_.taps;
-    for (int row = 0; row < kWeightRows; ++row) {
+    const int tap_row = warp / kRows, taps = job_.taps;
+    for (int row = 0; row < kRows; ++row) {
       __syncthreads();
-      if (warp % kWeightRows != row) continue;
+      if (warp % kRows != row) continue;
       auto add = [&](int at, float v) { staged[at] = row == 0 ? v : staged[at] + v; };
 #pragma unroll
       for (int j = 0; j < N; ++j)
@@ -292,14 +348,23 @@ class WeightBlock {
 #pragma unroll
           for (int tap = 0; tap < 3; ++tap)
             if (tap < taps) add(k * pitch + (channel * 3 + tap_row) * taps + tap, sums_[tap][j][e]);
-          if (tap_row == 1 && channel == 0) add(k * pitch + pitch - 1, sums_[3][j][e]);
+          if (!kIsFloat && tap_row == 1 && channel == 0) add(k * pitch + pitch - 1, sums_[3][j][e]);
         }
+      if (kIsFloat && tap_row == 1) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          float sum = sums_[3][j][0];
+          sum += __shfl_xor_sync(~0u, sum, 1);
+          sum += __shfl_xor_sync(~0u, sum, 2);
+          if (lane % 4 == 0) add((j * 8 + lane / 4) * pitch + pitch - 1, sum);
+        }
+      }
     }
     __syncthreads();
     float* to =
         p_.partial + (static_cast<int64_t>(part) * p_.outputs + job_.first_output) * p_.columns;
     const int values = job_.channels * 3 * taps;
-    for (int k = warp; k < job_.outputs; k += kWeightWarps) {
+    for (int k = warp; k < job_.outputs; k += kWarps) {
       float* row = to + k * p_.columns;
       for (int i = lane; i < values; i += 32)
         row[job_.first_column + (taps == 3 ? i : i * 3)] = staged[k * pitch + i];
@@ -311,9 +376,9 @@ class WeightBlock {
   const WeightJob job_;
   unsigned char* shared_;
   uint32_t ring_;
-  Four<T> raw_[kSlot<T>];
-  bool there_ = false;
-  uint32_t inside_ = 0;  // a bit a pixel
+  Four<T> raw_[kLoads][kSlot<T>];
+  bool there_[kLoads] = {};
+  uint32_t inside_[kLoads] = {};  // a bit a pixel
   int n_ = 0, column_ = 0, first_row_ = 0;
   float sums_[4][N][4] = {};  // three taps and the bias; channels lane / 4 and + 8
 };

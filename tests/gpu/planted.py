@@ -122,7 +122,7 @@ WEIGHT_BUGS = [
     ),
     Bug(
         "ring_too_short",
-        (Change("geometry.h", "kRingRows = 4 * kWeightRows;", "kRingRows = 2 * kWeightRows;"),),
+        (Change("geometry.h", "return 4 * weight_rows", "return 2 * weight_rows"),),
         "no barrier between them",
     ),
     Bug(

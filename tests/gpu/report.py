@@ -123,6 +123,7 @@ CASES = (
     Case("S last", _S, (32, 128), "backward_weight", torch.channels_last),
     Case("S tf32", _S, (32, 128), "forward", dtype=torch.float32),
     Case("S tf32", _S, (32, 128), "backward_data", dtype=torch.float32),
+    Case("S tf32", _S, (32, 128), "backward_weight", dtype=torch.float32),
 )
 
 

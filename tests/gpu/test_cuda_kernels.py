@@ -109,6 +109,13 @@ def as_tf32(t: Tensor) -> Tensor:
 
 def assert_factors_are_rounded(problem: Problem, results: dict[str, Tensor]) -> None:
     """Once psi(x), the weight and grad_output are rounded, all is as exact as in float32."""
+
+    def ratios(rounded: Problem) -> dict[str, float]:
+        """Of what `rounded` has; its other results stand for themselves."""
+        plain = numerics.results_of(reference.multidilated_conv2d, rounded)
+        wanted = {name: results[name] for name in plain if name != "out" or rounded is layer}
+        return numerics.error_ratios(rounded, plain | wanted)
+
     p = problem.map(lambda t: t)
     assert p.scale is not None
     assert p.shift is not None
@@ -116,15 +123,15 @@ def assert_factors_are_rounded(problem: Problem, results: dict[str, Tensor]) -> 
     for x in p.inputs:
         group = slice(start, start := start + x.shape[1])
         y = reference.psi(x.double(), p.scale[group].double(), p.shift[group].double(), p.relu)
-        sources.append(as_tf32(y.float()))
-    back = replace(p, weight=as_tf32(p.weight), bias=None, grad_output=as_tf32(p.grad_output))
-    gradients = {f"grad {name}" for name, t in back.tensors().items() if t.requires_grad}
-    plain = numerics.results_of(reference.multidilated_conv2d, back)
-    ratios = numerics.error_ratios(back, plain | {name: results[name] for name in gradients})
+        sources.append(as_tf32(y.float()).detach())
+    weight, grad_output = as_tf32(p.weight), as_tf32(p.grad_output)
     bias = None if p.bias is None else p.bias.detach()
-    layer = replace(back, inputs=sources, bias=bias, scale=None, shift=None, relu=False)
-    ratios |= numerics.error_ratios(layer, {"out": results["out"]})
-    assert max(ratios.values()) <= 1, ratios
+    data = replace(p, weight=weight, bias=None, grad_output=grad_output)
+    layer = replace(data, inputs=sources, bias=bias, scale=None, shift=None, relu=False)
+    of_weight = replace(layer, weight=p.weight)
+    of_bias = replace(layer, bias=p.bias, grad_output=p.grad_output)
+    found = [ratio for each in (data, layer, of_weight, of_bias) for ratio in ratios(each).values()]
+    assert max(found) <= 1, found
 
 
 @pytest.mark.parametrize(
@@ -150,12 +157,11 @@ def test_tensor_cores(case: grid.Case, generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("case", TF32_CASES, ids=lambda case: case.name)
 def test_tf32(case: grid.Case, generator: torch.Generator) -> None:
-    """float32 on tensor cores, but for the weight's gradient."""
+    """float32 on tensor cores."""
     launch = Executed()
     check(case, generator, launch, tf32=True)
     kernels = {kernel.rsplit("_", 2)[0] for kernel in launch.counters if kernel.endswith("_tf32")}
-    assert kernels == {"tensor_forward_relu", "tensor_backward_data"}
-    assert "direct_backward_weight_float32" in launch.counters
+    assert kernels == {"tensor_forward_relu", "tensor_backward_data", "tensor_weight"}
 
 
 @pytest.mark.parametrize(
@@ -224,8 +230,14 @@ def test_not_finite(
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dilations", [(1, 2), (8, 16), (20, 32)])
 @pytest.mark.parametrize("width", [72, 100])
+@pytest.mark.parametrize(("dtype", "kind"), [(_HALF, "bfloat16"), (torch.float32, "tf32")])
 def test_not_finite_at_the_border(
-    value: float, dilations: tuple[int, int], width: int, generator: torch.Generator
+    value: float,
+    dilations: tuple[int, int],
+    width: int,
+    dtype: torch.dtype,
+    kind: str,
+    generator: torch.Generator,
 ) -> None:
     """What lies beside the padding of a tile reaches no tap of the weights that misses it there."""
     case = grid.Case(
@@ -233,7 +245,7 @@ def test_not_finite_at_the_border(
         channels=(4, 3),
         size=(1, 9, width),
         dilations=dilations,
-        dtype=_HALF,
+        dtype=dtype,
         psi="float32",
         relu=False,
         needs=("weight", "bias"),
@@ -242,9 +254,9 @@ def test_not_finite_at_the_border(
     problem.inputs[0][0, 0, 3, -1] = value
     problem.inputs[0][0, 2, 4, 0] = value
     problem.inputs[1][0, 1, 8, -6] = value
-    launch = Executed()
-    grid.assert_right(problem, Program(launch).results(problem))
-    assert "tensor_weight_bfloat16" in launch.counters
+    launch, tf32 = Executed(), kind == "tf32"
+    grid.assert_right(problem, Program(launch, tf32=tf32).results(problem), tf32=tf32)
+    assert f"tensor_weight_{kind}" in launch.counters
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

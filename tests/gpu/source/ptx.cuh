@@ -87,6 +87,11 @@ inline void load_two_matrices(uint32_t& r0, uint32_t& r1, uint32_t address) {
   r1 = r[1];
 }
 
+inline uint32_t load_word(uint32_t address) {
+  if (address % 4) gpu::die("ld.shared.b32: address not aligned to 4 bytes");
+  return *reinterpret_cast<const uint32_t*>(emulated::shared_at(address));
+}
+
 inline void store_16_bytes(uint32_t address, const uint32_t (&v)[4]) {
   if (address % 16) gpu::die("st.shared.v4: address not aligned to 16 bytes");
   auto* to = reinterpret_cast<uint32_t*>(emulated::shared_at(address));
