@@ -19,14 +19,15 @@ namespace d3net::cuda::tensor {
 
 template <class T, bool kRelu>
 class WeightBlock {
-  static constexpr bool kIsFloat = sizeof(T) == 4;
-  static constexpr int N = kMostTiles, kRows = weight_rows(sizeof(T));
-  static constexpr int kRing = ring_rows(sizeof(T)), kGradientPitch = gradient_pitch(sizeof(T));
-  static constexpr int kRingBytes = ring_bytes(sizeof(T));
-  static constexpr int kWarps = weight_warps(sizeof(T));
-  static constexpr int kStaging = 16 * kWarps;     // threads; the others copy the gradient
-  static constexpr int kLoads = kIsFloat ? 2 : 1;  // of a thread that stages
-  static_assert(kLoads * kStaging == kRingColumns / kPixelsALoad * (kWeightChunk / kSlot<T>)*kRows);
+  static constexpr int kElement = sizeof(T);  // bytes
+  static constexpr bool kIsFloat = kElement == 4;
+  static constexpr int N = kMostTiles, kRows = weight_rows(kElement);
+  static constexpr int kRing = ring_rows(kElement), kGradientPitch = gradient_pitch(kElement);
+  static constexpr int kRingBytes = ring_bytes(kElement);
+  static constexpr int kWarps = weight_warps(kElement);
+  // Threads that stage the source, the first of a block, and that copy the gradient, the last.
+  static constexpr int kStaging = 96;
+  static_assert(kStaging == kRingColumns / kPixelsALoad * (kWeightChunk / kSlot<T>)*kRows);
   static constexpr int kInner = kIsFloat ? 8 : 16;  // pixels of a product
 
  public:
@@ -86,69 +87,62 @@ class WeightBlock {
     return step >= 0 && first_row_ + row < job_.stride && h < p_.height ? h : -1;
   }
 
-  struct Unit {  // kPixelsALoad pixels of a slot's channels that a thread loads
-    int slot, row, column;
-  };
-  /// 16 bits: threads are {vector parity, half, row} as in tensor.cuh, then pairs of vectors.
-  /// float32: neighbours are vectors of a row, which they store as they lie.
-  __device__ static Unit unit(int load) {
-    const int t = threadIdx.x;
-    if constexpr (kIsFloat) {
-      constexpr int vectors = kRingColumns / kPixelsALoad;
-      const int i = t + load * kStaging;
-      return {i / vectors, 0, i % vectors * kPixelsALoad};
-    } else {
-      return {t >> 1 & 1, t >> 2 & 1, (t / 8 * 2 + (t & 1)) * kPixelsALoad};
-    }
+  // What of the source a thread stages: kPixelsALoad pixels of a slot's channels. 16 bits: threads
+  // are {vector parity, half, row} as in tensor.cuh, then pairs of vectors. float32: neighbours are
+  // vectors of a row, which they store as they lie.
+  static constexpr int kVectors = kRingColumns / kPixelsALoad;
+  __device__ static int staged_slot() {
+    return kIsFloat ? threadIdx.x / kVectors : threadIdx.x >> 1 & 1;
+  }
+  __device__ static int staged_row() { return kIsFloat ? 0 : threadIdx.x >> 2 & 1; }
+  __device__ static int staged_column() {
+    const int vector = kIsFloat ? threadIdx.x % kVectors : threadIdx.x / 8 * 2 + (threadIdx.x & 1);
+    return vector * kPixelsALoad;
+  }
+  __device__ bool stages() const {
+    return threadIdx.x < kStaging && staged_column() < job_.columns &&
+           kSlot<T> * staged_slot() < job_.channels;
   }
 
   /// A step's pixels of the source to registers.
   __device__ void load(int step) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const Unit u = unit(i);
-      const int h = map_row(step, u.row), w = column_ + job_.column + u.column;
-      const int channels = job_.channels - kSlot<T> * u.slot;
-      there_[i] = threadIdx.x < kStaging && u.column < job_.columns && channels > 0 && h >= 0;
-      inside_[i] = 0;
-      if (!there_[i]) continue;
-      const T* from = static_cast<const T*>(job_.data) + n_ * job_.stride_n +
-                      kSlot<T> * u.slot * job_.stride_c + h * job_.stride_h + w * job_.stride_w;
-      if (job_.access != Access::rows) {
-        inside_[i] = pixels_inside(w, p_.width);
-        load_elements(raw_[i], from, job_.access, job_.stride_c, job_.stride_w, channels,
-                      inside_[i]);
-      } else if (lies_in(w, p_.width)) {
-        inside_[i] = kAllInside;
-        load_rows(raw_[i], from, job_.stride_c, channels);
-      }
+    const int h = map_row(step, staged_row());
+    const int w = column_ + job_.column + staged_column();
+    there_ = stages() && h >= 0;
+    inside_ = 0;
+    if (!there_) return;
+    const int first = kSlot<T> * staged_slot(), channels = job_.channels - first;
+    const T* from = static_cast<const T*>(job_.data) + n_ * job_.stride_n + first * job_.stride_c +
+                    h * job_.stride_h + w * job_.stride_w;
+    if (job_.access != Access::rows) {
+      inside_ = pixels_inside(w, p_.width);
+      load_elements(raw_, from, job_.access, job_.stride_c, job_.stride_w, channels, inside_);
+    } else if (lies_in(w, p_.width)) {
+      inside_ = kAllInside;
+      load_rows(raw_, from, job_.stride_c, channels);
     }
   }
 
   /// psi of the registers to the ring.
   __device__ void store(int step) {
-    constexpr Prologue prologue = kRelu ? Prologue::affine_relu : Prologue::affine;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (!there_[i]) continue;
-      const Unit u = unit(i);
-      HalfPsi<T> psi;  // loaded anew: the registers do not hold it beside the sums
-      psi.load(p_.coefficients, job_.chunk, u.slot);
-      const int row = (kRows * step + u.row) & (kRing - 1);
-      if constexpr (kIsFloat) {
-        const uint32_t to =
-            ring_ + ((row * kWeightChunk + kSlot<T> * u.slot) * kRingChannel + u.column) * 4;
-        store_channels<kRelu>(to, kRingChannel * 4, raw_[i], job_.access == Access::pixels, psi,
-                              inside_[i]);
-      } else {
-        if (job_.access == Access::pixels) pixels_to_rows(raw_[i]);
-        const uint32_t to = ring_ + (u.slot * kRingHalf + row * kRingPitch + u.column) * 16;
-        if (inside_[i])
-          store_pixels<T, prologue>(to, raw_[i], psi);
-        else
-          store_zeros(to);
-        if (job_.access != Access::rows) store_zeros_outside(to, inside_[i]);
-      }
+    if (!there_) return;
+    HalfPsi<T> psi;  // loaded anew: the registers do not hold it beside the sums
+    const int slot = staged_slot(), row = (kRows * step + staged_row()) & (kRing - 1);
+    const bool by_pixels = job_.access == Access::pixels;
+    if constexpr (kIsFloat) {
+      psi.load(p_.coefficients, job_.chunk, slot);
+      const int channel = row * kWeightChunk + kSlot<T> * slot;
+      store_channels<kRelu>(ring_ + (channel * kRingChannel + staged_column()) * 4,
+                            kRingChannel * 4, raw_, by_pixels, psi, inside_);
+    } else {
+      if (by_pixels) pixels_to_rows(raw_);
+      psi.load(p_.coefficients, job_.chunk, slot);
+      const uint32_t to = ring_ + (slot * kRingHalf + row * kRingPitch + staged_column()) * 16;
+      if (inside_)
+        store_pixels<T, kRelu ? Prologue::affine_relu : Prologue::affine>(to, raw_, psi);
+      else
+        store_zeros(to);
+      if (job_.access != Access::rows) store_zeros_outside(to, inside_);
     }
   }
 
@@ -156,10 +150,15 @@ class WeightBlock {
     return ring_ + kRingBytes + (step & 1) * 8 * N * kGradientPitch;
   }
 
+  /// The number of a thread among those that copy; below 0 where it does not.
+  __device__ static int copier() {
+    return static_cast<int>(threadIdx.x) - (32 * kWarps - kStaging);
+  }
+
   /// A step's rows of the gradient to shared memory, zeros right of the map. What is missing from
   /// the last tile of 8 outputs stays as it is: nobody reads its sums.
   __device__ void copy_gradient(int step) const {
-    if (threadIdx.x >= kStaging) {
+    if (copier() >= 0) {
       if (p_.access == Access::any)
         copy_gradient_elements(step);
       else if (kIsFloat || p_.wide_loads)
@@ -175,7 +174,7 @@ class WeightBlock {
     const View& g = p_.gradient;
     const bool channels_inside = g.stride_c < g.stride_w;
     const uint32_t to = gradient_buffer(step) - ring_;
-    for (int i = threadIdx.x - kStaging; i < job_.outputs * pixels; i += kStaging) {
+    for (int i = copier(); i < job_.outputs * pixels; i += kStaging) {
       const int k = channels_inside ? i % job_.outputs : i / pixels;
       const int pixel = channels_inside ? i / job_.outputs : i % pixels;
       const int h = map_row(step, pixel / kColumns), w = column_ + pixel % kColumns;
@@ -184,14 +183,14 @@ class WeightBlock {
       if (w < p_.width)
         value =
             static_cast<const T*>(g.data)[direct::offset_of(g, n_, job_.first_output + k, h, w)];
-      *reinterpret_cast<T*>(shared_ + to + k * kGradientPitch + pixel * sizeof(T)) = value;
+      *reinterpret_cast<T*>(shared_ + to + k * kGradientPitch + pixel * kElement) = value;
     }
   }
   template <int kBytes>
   __device__ void copy_gradient(int step) const {
-    constexpr int pixels = kBytes / sizeof(T), vectors = kColumns / pixels;
+    constexpr int pixels = kBytes / kElement, vectors = kColumns / pixels;
     constexpr int apart = kStaging / (vectors * kRows);
-    const int t = threadIdx.x - kStaging, vector = t % vectors, row = t / vectors % kRows;
+    const int t = copier(), vector = t % vectors, row = t / vectors % kRows;
     const int first = t / (vectors * kRows);
     const int h = map_row(step, row), w = column_ + vector * pixels;
     if (h < 0) return;
@@ -200,7 +199,7 @@ class WeightBlock {
     const T* from = static_cast<const T*>(g.data);
     if (inside)
       from += n_ * g.stride_n + (job_.first_output + first) * g.stride_c + h * g.stride_h + w;
-    uint32_t to = gradient_buffer(step) + first * kGradientPitch + row * kColumns * sizeof(T) +
+    uint32_t to = gradient_buffer(step) + first * kGradientPitch + row * kColumns * kElement +
                   vector * kBytes;
     for (int k = first; k < job_.outputs; k += apart) {
       if constexpr (kBytes == 16)
@@ -229,7 +228,7 @@ class WeightBlock {
           (lane / 8 % 2 * kRingHalf + in_ring * kRingPitch + first + lane / 16 * 8 + lane % 8) * 16;
     // Of the gradient: {pixels low, high} x {outputs of two tiles}.
     const uint32_t gradient = gradient_buffer(step) + (lane / 16 * 8 + lane % 8) * kGradientPitch +
-                              row * kColumns * sizeof(T) + lane / 8 % 2 * 16;
+                              row * kColumns * kElement + lane / 8 % 2 * 16;
     with_number<N>((job_.outputs + 7) / 8 - 1, [&](auto last) {
       constexpr int tiles = last.value + 1;
       if (job_.taps == 1)
@@ -251,7 +250,7 @@ class WeightBlock {
         multiply_some<kTiles, kTaps>(pixels + step * apart, gradient + step * 32, nothing);
     if (columns % kInner == 0) return;
     // Right of the map the gradient is zero, which would make NaN of an infinity of psi(x).
-    constexpr int in_word = 4 / sizeof(T);
+    constexpr int in_word = 4 / kElement;
     const int step = columns / kInner;
     const int first = columns % kInner - static_cast<int>(threadIdx.x % 4) * in_word;
     const uint32_t low = live_pixels(first), high = live_pixels(first - kInner / 2);
@@ -262,7 +261,7 @@ class WeightBlock {
 
   /// A mask of a word's pixels, two of 16 bits or one, of which the first `count` are on the map.
   __device__ static uint32_t live_pixels(int count) {
-    return count >= static_cast<int>(4 / sizeof(T)) ? ~0u : count == 1 ? 0xffffu : 0u;
+    return count >= static_cast<int>(4 / kElement) ? ~0u : count == 1 ? 0xffffu : 0u;
   }
 
   /// The pixels of a product, in a row; `mask` takes the fragments of psi(x).
@@ -376,9 +375,9 @@ class WeightBlock {
   const WeightJob job_;
   unsigned char* shared_;
   uint32_t ring_;
-  Four<T> raw_[kLoads][kSlot<T>];
-  bool there_[kLoads] = {};
-  uint32_t inside_[kLoads] = {};  // a bit a pixel
+  Four<T> raw_[kSlot<T>];
+  bool there_ = false;
+  uint32_t inside_ = 0;  // a bit a pixel
   int n_ = 0, column_ = 0, first_row_ = 0;
   float sums_[4][N][4] = {};  // three taps and the bias; channels lane / 4 and + 8
 };
