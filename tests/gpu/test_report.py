@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.shapes import Shape
 
@@ -173,7 +174,17 @@ def test_no_kernel_spills_on_later_gpus(arch: str) -> None:
 
 
 @needs_compilers
-@pytest.mark.parametrize("case", report.CASES, ids=lambda case: f"{case.name}-{case.operation}")
+@pytest.mark.parametrize(
+    "case",
+    [  # of channels_last maps the most instructions are executed
+        pytest.param(
+            case,
+            id=f"{case.name}-{case.operation}",
+            marks=pytest.mark.slow if case.memory_format == torch.channels_last else (),
+        )
+        for case in report.CASES
+    ],
+)
 def test_case_is_within_its_budget(case: report.Case) -> None:
     figures = {f"cuda {case}": report.counted_figures(case, report.cuda_family(case))}
     assert report.exceeded(BUDGET, {}, figures) == []
