@@ -67,6 +67,7 @@ def test_interpreted_cases() -> None:
     _pytest(*(f"{grid}::test_right[triton-{name}]" for name in INTERPRETED))
 
 
+@pytest.mark.slow
 def test_interpreted_moments() -> None:
     _pytest(str(TESTS / "test_with_moments.py"))
 
