@@ -1,5 +1,5 @@
-// What both directions of a D2 block know of it: its links, what a pass over one is given, and psi
-// of each norm.
+// What every way to compute a D2 block knows of it: its links, what a pass over one is given, and
+// psi of each norm.
 //
 // A link is the convolution of one source, seen through one norm, for a run of layers: with a norm
 // per source there are L, each for all later layers; with a norm per layer each layer has its own.
@@ -32,7 +32,6 @@ inline std::vector<Link> links_of(const D2Problem& p) {
   return links;
 }
 
-/// What both directions know of a block: its links, and psi of each norm.
 template <class T>
 class D2Block {
  protected:
