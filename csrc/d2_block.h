@@ -8,6 +8,8 @@
 namespace d3net {
 
 constexpr int64_t kAlignedChannels = 16;  // a cache line of float32
+/// Of all layers together, for vectors along channels; d3net_kernels/block_node.py knows it too.
+constexpr int64_t kFewestChannels = 8;
 
 /// One batch normalisation; arrays of the accumulation type.
 struct Norm {
@@ -26,7 +28,7 @@ struct SlotConv {
 
 /// Some channels of x_0, which may come in several tensors that follow each other.
 struct Part {
-  View x;  // channels adjacent
+  View x;  // channels adjacent, except for the forward pass of few
   int64_t channels = 0;
 };
 
@@ -52,6 +54,7 @@ struct D2Problem {
     return (growth * layers + kAlignedChannels - 1) / kAlignedChannels * kAlignedChannels;
   }
   int64_t in_row(int64_t layer) const { return row() - growth * (layers - layer + 1); }
+  bool has_few_channels() const { return growth * layers < kFewestChannels; }
   int64_t hidden_layers() const { return layers - out_layers; }
   int64_t multiplications() const {
     const int64_t pairs = growth * (layers - 1) * layers / 2;  // each later source and its layers

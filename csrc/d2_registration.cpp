@@ -12,7 +12,6 @@ namespace {
 
 /// The same tensor with adjacent channels.
 Tensor with_adjacent_channels(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu(), "d2_block: x must be (N, C, H, W) on the CPU");
   if (x.stride(1) == 1 || x.size(1) == 1) return x;
   Tensor copy = new_output(x, x.size(0), x.size(1), x.size(2), x.size(3), true);
   if (x.numel() > 0)
@@ -27,11 +26,20 @@ class BlockCall {
   BlockCall(const Tensors& inputs, const Tensors& weights, const Tensors& biases,
             const Tensors& norm_weights, const Tensors& norm_biases, const Tensors& running_means,
             const Tensors& running_variances, const Ints& use_batch, double eps, bool per_layer,
-            bool relu, int64_t out_layers, int64_t precision) {
+            bool relu, int64_t out_layers, int64_t precision, bool forward) {
     const size_t layers = weights.size();
     STD_TORCH_CHECK(!inputs.empty(), "d2_block: x must come in one part at least");
+    STD_TORCH_CHECK(layers > 0 && biases.size() == layers && norm_weights.size() == layers &&
+                        norm_biases.size() == layers && running_means.size() == layers &&
+                        running_variances.size() == layers && use_batch.size() == layers,
+                    "d2_block: there must be one convolution and one norm a layer");
+    problem.growth = weights.back().size(0);
+    problem.layers = static_cast<int64_t>(layers);
+    const bool any_layout = forward && problem.has_few_channels();
     for (const Tensor& input : inputs) {
-      const Tensor& x = inputs_.emplace_back(with_adjacent_channels(input));
+      STD_TORCH_CHECK(input.dim() == 4 && input.is_cpu(),
+                      "d2_block: x must be (N, C, H, W) on the CPU");
+      const Tensor& x = inputs_.emplace_back(any_layout ? input : with_adjacent_channels(input));
       parts_.push_back({view_of(x), x.size(1)});
       problem.in_channels += x.size(1);
       STD_TORCH_CHECK(x.size(0) == inputs[0].size(0) && x.size(2) == inputs[0].size(2) &&
@@ -39,17 +47,11 @@ class BlockCall {
                       "d2_block: all parts of x must share N, H, W and dtype");
     }
     const Tensor& x = inputs_[0];
-    STD_TORCH_CHECK(layers > 0 && biases.size() == layers && norm_weights.size() == layers &&
-                        norm_biases.size() == layers && running_means.size() == layers &&
-                        running_variances.size() == layers && use_batch.size() == layers,
-                    "d2_block: there must be one convolution and one norm a layer");
     problem.dtype = dtype_of(x);
     problem.weight_dtype = dtype_of(weights[0]);
     problem.batch = x.size(0);
     problem.height = x.size(2);
     problem.width = x.size(3);
-    problem.growth = weights.back().size(0);
-    problem.layers = static_cast<int64_t>(layers);
     problem.out_layers = out_layers;
     problem.kernel_h = weights[0].size(2);
     problem.kernel_w = weights[0].size(3);
@@ -131,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensors parts, Tensors weight
                                                    bool relu, int64_t out_layers, int64_t precision,
                                                    bool keep) {
   BlockCall call(parts, weights, biases, norm_weights, norm_biases, running_means,
-                 running_variances, use_batch, eps, per_layer, relu, out_layers, precision);
+                 running_variances, use_batch, eps, per_layer, relu, out_layers, precision, true);
   call.problem.weights_recur = !keep;  // who goes backward has others soon
   const Tensor& x = parts[0];
   const D2Problem& p = call.problem;
@@ -170,7 +172,8 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors> backward(
     Tensors running_means, Tensors running_variances, Ints use_batch, double eps, bool per_layer,
     bool relu, int64_t out_layers, int64_t precision, Ints wanted) {
   const BlockCall call(parts, weights, biases, norm_weights, norm_biases, running_means,
-                       running_variances, use_batch, eps, per_layer, relu, out_layers, precision);
+                       running_variances, use_batch, eps, per_layer, relu, out_layers, precision,
+                       false);
   const Tensor& x = parts[0];
   const D2Problem& p = call.problem;
   const size_t layers = weights.size();

@@ -46,10 +46,17 @@ def test_right_on_a_large_block(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *block_grid.HALVES])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize(
     ("channels", "growth", "layers", "parts"),
-    [(2, 2, 1, ()), (2, 2, 3, (1, 1)), (5, 1, 7, (3, 2)), (17, 7, 1, ())],
+    [
+        (2, 2, 1, ()),
+        (4, 4, 1, ()),
+        (8, 2, 3, ()),
+        (6, 2, 3, (2, 4)),
+        (5, 1, 7, (3, 2)),
+        (17, 7, 1, ()),
+    ],
 )
 def test_right_on_few_channels_without_gradients(
     channels: int,

@@ -396,9 +396,11 @@ class Convolution {
   A* packed_ = nullptr;
 };
 
-/// Runs convolutions of so much work together, weights packed first, in one parallel region.
+/// Runs convolutions of so much work together, weights packed first, in one parallel region; the
+/// amount as in Crew::run.
 template <class T>
-void run_all(std::vector<Convolution<T>>& convolutions, int64_t multiplications) {
+void run_all(std::vector<Convolution<T>>& convolutions, int64_t multiplications,
+             int64_t numbers = 0) {
   static thread_local Scratch packed_memory;
   int64_t size = 0, packs = 0, tasks = 0;
   for (const auto& c : convolutions) {
@@ -426,7 +428,7 @@ void run_all(std::vector<Convolution<T>>& convolutions, int64_t multiplications)
       convolutions[c].run(i, next < convolutions[c].tasks() ? next : -1);
     });
   };
-  Crew::run(program, multiplications);
+  Crew::run(program, multiplications, numbers);
 }
 
 }  // namespace d3net::cpu::D3NET_ISA

@@ -34,7 +34,7 @@ bool backward_weight_on_tiles(const Problem& p, const View& gradient, void* weig
 void d2_forward(const D2Problem& p, const D2Features& kept, void* mean, void* variance) {
   for_block_dtype(p.dtype, [&](auto t) {
     using A = Accumulator<decltype(t)>;
-    if (p.growth * p.layers < kFewestChannels)
+    if (p.has_few_channels())
       D2Rows<decltype(t)>(p, kept, static_cast<A*>(mean), static_cast<A*>(variance)).run();
     else
       D2Forward<decltype(t)>(p, kept, static_cast<A*>(mean), static_cast<A*>(variance)).run();

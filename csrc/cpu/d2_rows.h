@@ -8,9 +8,6 @@
 
 namespace d3net::cpu::D3NET_ISA {
 
-/// Of all layers together, for vectors along channels; d3net_kernels/block_node.py knows it too.
-constexpr int64_t kFewestChannels = 8;
-
 template <class T>
 class D2Rows : D2Block<T> {
   using Base = D2Block<T>;
@@ -33,7 +30,8 @@ class D2Rows : D2Block<T> {
       const A* its_bias = bias.data() + (layer - 1) * p.growth;
       one.emplace_back(Shape{p.batch, p.height, p.width, p.growth, p.kernel_h, p.kernel_w},
                        operands(layer, weights), view(this->layer(layer)), its_bias);
-      run_all(one, p.multiplications() / p.layers);
+      const int64_t moved = this->pixels() * (p.first_channel(layer) + p.growth);
+      run_all(one, p.multiplications() / p.layers, moved);
       if (layer == p.layers) break;
       if (this->measures(layer)) measure(layer);
       this->fold_norm(layer);
@@ -63,17 +61,21 @@ class D2Rows : D2Block<T> {
     return {memory.data(), channels * taps, taps, p.kernel_w, 1};
   }
 
+  /// x_0, whose channels need not be adjacent, or an earlier layer.
+  std::vector<Part> source_views(int64_t i) const {
+    if (i == 0) return {p.parts, p.parts + p.num_parts};
+    return {{view(this->layer(i)), p.growth}};
+  }
+
   std::vector<Operand<T>> operands(int64_t layer, const std::vector<Weight>& weights) const {
     std::vector<Operand<T>> all;
     for (int64_t i = 0; i < layer; ++i) {
-      const Parts<T> source = this->source(i);
       Activation<A> psi = this->psi_of({p.per_layer ? layer - 1 : i, i, layer, layer, false, 0});
       Weight w = weights[static_cast<size_t>(i)];
       const T* from = static_cast<const T*>(w.data) + (layer - 1 - i) * p.growth * w.stride_k;
-      for (size_t part = 0; part < source.x.size(); ++part) {
+      for (const auto& [x, channels] : source_views(i)) {
         w.data = from;
-        const int64_t channels = source.channels[part];
-        all.push_back({view(source.x[part]), channels, int64_t{1} << i, int64_t{1} << i, psi, w});
+        all.push_back({x, channels, int64_t{1} << i, int64_t{1} << i, psi, w});
         psi = psi.from_channel(channels);
         from += channels * w.stride_c;
       }

@@ -329,6 +329,33 @@ struct InTurns {
   }
 };
 
+/// Vectors that hold `count` (a power of 2) values of each lane in turns become a vector a value
+/// ...
+template <int count, class V>
+D3NET_INLINE void take_apart(V (&r)[count]) {
+  for (int done = 1; done < count; done *= 2) {
+    V next[count];
+    unroll<count / 2>([&](auto i) __attribute__((always_inline)) {
+      next[i] = shuffle<EverySecond<0>>(r[2 * i], r[2 * i + 1]);
+      next[i + count / 2] = shuffle<EverySecond<1>>(r[2 * i], r[2 * i + 1]);
+    });
+    unroll<count>([&](auto i) __attribute__((always_inline)) { r[i] = next[i]; });
+  }
+}
+/// ... and back.
+template <int count, class V>
+D3NET_INLINE void put_in_turns(V (&r)[count]) {
+  constexpr int lanes = sizeof(V) / sizeof(r[0][0]);
+  for (int done = 1; done < count; done *= 2) {
+    V next[count];
+    unroll<count / 2>([&](auto i) __attribute__((always_inline)) {
+      next[2 * i] = shuffle<InTurns<lanes, false>>(r[i], r[i + count / 2]);
+      next[2 * i + 1] = shuffle<InTurns<lanes, true>>(r[i], r[i + count / 2]);
+    });
+    unroll<count>([&](auto i) __attribute__((always_inline)) { r[i] = next[i]; });
+  }
+}
+
 /// Sum of all lanes, by halves.
 template <class A>
 D3NET_INLINE A sum_lanes(Vec<A> v) {

@@ -118,8 +118,12 @@ class Stager {
                              last - first};
     if (x_.stride_w == 1 || width_ == 1)
       copy_planar(copy, channels, psi);
-    else if (x_.stride_c == 1 && channels == 2 && x_.stride_w == 2)
-      copy_two(copy, psi);
+    else if (x_.stride_c == 1 && x_.stride_w == channels && channels == 2)
+      copy_in_turns<2>(copy, psi);
+    else if (x_.stride_c == 1 && x_.stride_w == channels && channels == 4)
+      copy_in_turns<4>(copy, psi);
+    else if (x_.stride_c == 1 && x_.stride_w == channels && channels == 8)
+      copy_in_turns<8>(copy, psi);
     else if (x_.stride_c == 1)
       copy_interleaved(copy, channels, psi);
     else
@@ -192,25 +196,28 @@ class Stager {
     }
   }
 
-  /// Two channels in turns, and no others.
-  void copy_two(const RowCopy<A, T>& copy, Activation<A> psi) const {
+  /// All channels of the tensor, so that pixels follow each other without a gap.
+  template <int channels>
+  void copy_in_turns(const RowCopy<A, T>& copy, Activation<A> psi) const {
     const Vec<A> floor = broadcast(psi.floor());
-    for (int64_t c = 0; c < 2; ++c) zero_left(copy, c);
+    for (int64_t c = 0; c < channels; ++c) zero_left(copy, c);
     for (int64_t i = 0; i < copy.count; i += kN) {
-      const T* from = copy.from + 2 * i;
-      const int64_t rest = 2 * (copy.count - i);
-      const Vec<A> low = rest >= kN ? load<A>(from) : load_first<A>(from, rest);
-      const Vec<A> high = rest >= 2 * kN ? load<A>(from + kN)
-                          : rest > kN    ? load_first<A>(from + kN, rest - kN)
-                                         : Vec<A>{};
-      unroll<2>([&](auto c) __attribute__((always_inline)) {
+      const T* from = copy.from + channels * i;
+      const int64_t rest = channels * (copy.count - i);
+      Vec<A> block[channels];
+      unroll<channels>([&](auto v) __attribute__((always_inline)) {
+        block[v] = rest >= (v + 1) * kN ? load<A>(from + v * kN)
+                   : rest > v * kN      ? load_first<A>(from + v * kN, rest - v * kN)
+                                        : Vec<A>{};
+      });
+      take_apart(block);
+      unroll<channels>([&](auto c) __attribute__((always_inline)) {
         const Vec<A> scale = broadcast(psi.scale ? psi.scale[c] : A{1});
         const Vec<A> shift = broadcast(psi.scale ? psi.shift[c] : A{0});
-        store(copy.to + c * copy.stride + i,
-              activate<A>(shuffle<EverySecond<c>>(low, high), scale, shift, floor));
+        store(copy.to + c * copy.stride + i, activate<A>(block[c], scale, shift, floor));
       });
     }
-    for (int64_t c = 0; c < 2; ++c) zero_right(copy, c);
+    for (int64_t c = 0; c < channels; ++c) zero_right(copy, c);
   }
 
   /// Channels adjacent in memory: lanes are channels until a register transpose makes them pixels.
@@ -263,6 +270,24 @@ class Stager {
   const Window& window_;
 };
 
+/// Writes a row of all channels of a tensor in channels_last.
+template <int channels, class T, class A>
+D3NET_INLINE void write_in_turns(T* to, const A* acc, int64_t acc_plane, int64_t cols,
+                                 const A* bias) {
+  constexpr int n = kLanes<A>;
+  for (int64_t i = 0; i < cols; i += n, to += channels * n) {
+    Vec<A> block[channels];
+    unroll<channels>([&](auto c) __attribute__((always_inline)) {
+      block[c] = load(acc + c * acc_plane + i) + broadcast(bias ? bias[c] : A{0});
+    });
+    put_in_turns(block);
+    const int64_t rest = channels * (cols - i);
+    unroll<channels>([&](auto v) __attribute__((always_inline)) {
+      if (rest > v * n) store_first<A>(to + v * n, block[v], rest - v * n);
+    });
+  }
+}
+
 /// Writes planar rows acc[channel][row][col] of a tile to a tensor, adding bias if there is one.
 template <class T>
 void write_tile(const View& out, const Tile& tile, int64_t channel, int64_t channels,
@@ -285,15 +310,10 @@ void write_tile(const View& out, const Tile& tile, int64_t channel, int64_t chan
         for (; i + n <= tile.cols; i += n) store<A>(to + i, load(from + i) + b);
         if (i < tile.cols) store_first<A>(to + i, load(from + i) + b, tile.cols - i);
       }
-    } else if (channels == 2 && out.stride_w == 2) {
-      for (int64_t i = 0; i < tile.cols; i += n) {
-        const Vec<A> first = load(acc_r + i) + broadcast(bias_of(0));
-        const Vec<A> second = load(acc_r + acc_plane + i) + broadcast(bias_of(1));
-        const int64_t rest = 2 * (tile.cols - i);
-        store_first<A>(row + 2 * i, shuffle<InTurns<n, false>>(first, second), rest);
-        if (rest > n)
-          store_first<A>(row + 2 * i + n, shuffle<InTurns<n, true>>(first, second), rest - n);
-      }
+    } else if (out.stride_w == channels && channels == 2) {
+      write_in_turns<2>(row, acc_r, acc_plane, tile.cols, bias ? bias + channel : nullptr);
+    } else if (out.stride_w == channels && channels == 4) {
+      write_in_turns<4>(row, acc_r, acc_plane, tile.cols, bias ? bias + channel : nullptr);
     } else {  // dense outputs are NCHW or channels_last: stride_c == 1
       for (int64_t c = 0; c < channels; c += n) {
         const int64_t outs = std::min<int64_t>(n, channels - c);
