@@ -159,7 +159,7 @@ struct TensorConvolve {
   int32_t tiles_h, tiles_w;  // of the map
   int32_t height, width;
   bool relu;         // backward: of the psi that the gradient passes
-  bool by_rows;      // results, and what psi's derivative reads, have Access::rows
+  Access results;    // of all results, and of what psi's derivative reads
   bool wide_stores;  // 16-bit results are aligned to 16 bytes
   const void* weights;
   const float* coefficients;
@@ -236,7 +236,7 @@ struct TensorWeightGradient {
   int32_t num_jobs, parts;
   int32_t batch, height, width, tiles_w;
   View gradient;
-  Access access;    // of the gradient; never `pixels`
+  Access access;    // of the gradient
   bool wide_loads;  // it is aligned to 16 bytes
   const float* coefficients;
   int32_t outputs;

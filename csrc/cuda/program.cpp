@@ -170,14 +170,19 @@ class TensorConvolutions {
     params.height = static_cast<int32_t>(p_.height);
     params.width = static_cast<int32_t>(p_.width);
     params.weights = pack.weights, params.coefficients = pack.coefficients;
-    auto by_rows = [&](const View& v) {
-      return !v.data || access_of(v, 0, p_.width, bytes_) == Access::rows;
+    auto all_have = [&](Access access) {
+      return std::all_of(jobs_.begin(), jobs_.end(), [&](const Job& job) {
+        auto has = [&](const View& v) {
+          return !v.data || access_of(v, job.outputs, p_.width, bytes_) == access;
+        };
+        return has(job.out) && has(job.x);
+      });
     };
-    params.by_rows = true, params.wide_stores = p_.width % 8 == 0;
-    for (const Job& job : jobs_) {
-      params.by_rows &= by_rows(job.out) && by_rows(job.x);
-      params.wide_stores &= aligned_to_16_bytes(job.out);
-    }
+    params.results = all_have(Access::rows)     ? Access::rows
+                     : all_have(Access::pixels) ? Access::pixels
+                                                : Access::any;
+    params.wide_stores = p_.width % 8 == 0;
+    for (const Job& job : jobs_) params.wide_stores &= aligned_to_16_bytes(job.out);
     kernel += "_" + std::to_string(tile_.tiles) + "x" + std::to_string(tile_.rows);
     launch(device, kernel + tensor_suffix_of(p_.dtype), blocks_of_map() * params.num_jobs,
            32 * kWarps, params, tensor_shared_bytes(tile_.tiles, tile_.rows));
@@ -246,8 +251,7 @@ class TensorWeightJobs {
     params.width = static_cast<int32_t>(p_.width);
     params.tiles_w = static_cast<int32_t>(divide_up(p_.width, kColumns));
     params.gradient = gradient;
-    const bool by_rows = access_of(gradient, p_.out_channels, p_.width, bytes_) == Access::rows;
-    params.access = by_rows ? Access::rows : Access::any;
+    params.access = access_of(gradient, p_.out_channels, p_.width, bytes_);
     params.wide_loads = p_.width % 8 == 0 && aligned_to_16_bytes(gradient);
     params.num_jobs = static_cast<int32_t>(jobs_.size());
     *parts = tensor_gradient_parts(

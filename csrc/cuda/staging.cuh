@@ -96,22 +96,31 @@ __device__ inline void load_elements(Four<T> (&raw)[kSlot<T>], const T* from, Ac
     raw[c] = four_elements(from, stride_w, c < channels ? inside : 0u);
 }
 
-/// 16-bit pixels as load_elements leaves them by pixels, to how it leaves them by rows.
-__device__ inline void pixels_to_rows(uint2 (&raw)[8]) {
-  uint2 rows[8];
-#pragma unroll
-  for (int c = 0; c < 8; c += 2) {
-    auto two_channels = [&](int pixel) {
-      const uint2& four = raw[2 * pixel + c / 4];
-      return c % 4 ? four.y : four.x;
-    };
-    rows[c] = {ptx::low_halves(two_channels(0), two_channels(1)),
-               ptx::low_halves(two_channels(2), two_channels(3))};
-    rows[c + 1] = {ptx::high_halves(two_channels(0), two_channels(1)),
-                   ptx::high_halves(two_channels(2), two_channels(3))};
+/// Four by four elements, transposed.
+template <class T>
+__device__ inline void transpose(Four<T> (&square)[4]) {
+  const Four<T> a = square[0], b = square[1], c = square[2], d = square[3];
+  if constexpr (sizeof(T) == 4) {
+    square[0] = {a.x, b.x, c.x, d.x};
+    square[1] = {a.y, b.y, c.y, d.y};
+    square[2] = {a.z, b.z, c.z, d.z};
+    square[3] = {a.w, b.w, c.w, d.w};
+  } else {
+    square[0] = {ptx::low_halves(a.x, b.x), ptx::low_halves(c.x, d.x)};
+    square[1] = {ptx::high_halves(a.x, b.x), ptx::high_halves(c.x, d.x)};
+    square[2] = {ptx::low_halves(a.y, b.y), ptx::low_halves(c.y, d.y)};
+    square[3] = {ptx::high_halves(a.y, b.y), ptx::high_halves(c.y, d.y)};
   }
+}
+
+/// 16-bit pixels as load_elements leaves them by pixels, to how it leaves them by rows.
+template <class T>
+__device__ inline void pixels_to_rows(Four<T> (&raw)[8]) {
+  Four<T> low[4] = {raw[0], raw[2], raw[4], raw[6]}, high[4] = {raw[1], raw[3], raw[5], raw[7]};
+  transpose<T>(low);
+  transpose<T>(high);
 #pragma unroll
-  for (int c = 0; c < 8; ++c) raw[c] = rows[c];
+  for (int c = 0; c < 4; ++c) raw[c] = low[c], raw[4 + c] = high[c];
 }
 
 constexpr uint32_t kAllInside = (1u << kPixelsALoad) - 1;

@@ -95,12 +95,13 @@ class Block {
   template <int kKind>
   __device__ static Unit unit(int pass) {
     constexpr Kind kind = Tr::kKinds.kind[kKind];
-    constexpr int pairs = kind.columns / (2 * kPixelsALoad), row_pairs = (kind.rows + 1) / 2;
+    constexpr unsigned pairs = kind.columns / (2 * kPixelsALoad), row_pairs = (kind.rows + 1) / 2;
     static_assert(kPrefetch * kThreads / 8 >= pairs * row_pairs, "does not fit the registers");
-    const int t = threadIdx.x, i = t / 8 + pass * (kThreads / 8);
+    const unsigned t = threadIdx.x, i = t / 8 + pass * (kThreads / 8);
     const int row = i / pairs * 2 + (t >> 2 & 1);
     const int column = (i % pairs * 2 + (t & 1)) * kPixelsALoad;
-    return {row, column, (t >> 1 & 1) * kind.half_pitch + row * kind.row_pitch + column,
+    const int half = t >> 1 & 1;
+    return {row, column, half * kind.half_pitch + row * kind.row_pitch + column,
             i < pairs * row_pairs && row < kind.rows};
   }
 
@@ -163,7 +164,7 @@ class Block {
     const bool by_pixels = s.access == Access::pixels;
     if constexpr (!is_float)
       if (by_pixels)
-        for (auto& raw : raw_) pixels_to_rows(raw);
+        for (auto& raw : raw_) pixels_to_rows<T>(raw);
     with_kind(s.kind, [&](auto k) {
 #pragma unroll
       for (int pass = 0; pass < kPrefetch; ++pass) {

@@ -15,19 +15,27 @@ __device__ inline Four<T> rounded(const float4& v) {
     return {ptx::pack_two<T, false>(v.x, v.y), ptx::pack_two<T, false>(v.z, v.w)};
 }
 
-/// Writes value(output, pixel of the tile) one by one: neighbours in memory by neighbouring
-/// threads.
+/// Writes value(output, pixel of the tile), neighbours in memory by neighbouring threads: four
+/// channels at once where the result has Access::pixels, else one by one.
 template <class Tr>
 template <class F>
 __device__ void Block<Tr>::write_elements(const View& out, F&& value) const {
-  const int outputs = job_->outputs;
+  const bool fours = p_.results == Access::pixels;
+  const unsigned outputs = fours ? job_->outputs / 4 : job_->outputs;
   const bool channels_inside = out.stride_c < out.stride_w;
-  for (int i = threadIdx.x; i < outputs * R * kColumns; i += kThreads) {
-    const int output = channels_inside ? i % outputs : i / (R * kColumns);
-    const int pixel = channels_inside ? i / outputs : i % (R * kColumns);
+  for (unsigned i = threadIdx.x; i < outputs * R * kColumns; i += kThreads) {
+    const unsigned output = channels_inside ? i % outputs : i / (R * kColumns);
+    const unsigned pixel = channels_inside ? i / outputs : i % (R * kColumns);
     const int h = row_ + pixel / kColumns, w = column_ + pixel % kColumns;
-    if (h < p_.height && w < p_.width)
-      static_cast<T*>(out.data)[direct::offset_of(out, n_, output, h, w)] = value(output, pixel);
+    if (!lies_in(h, p_.height) || !lies_in(w, p_.width)) continue;
+    T* to =
+        static_cast<T*>(out.data) + direct::offset_of(out, n_, fours ? 4 * output : output, h, w);
+    if (fours)
+      *reinterpret_cast<Four<T>*>(to) =
+          rounded<T>({value(4 * output, pixel), value(4 * output + 1, pixel),
+                      value(4 * output + 2, pixel), value(4 * output + 3, pixel)});
+    else
+      *to = narrow<T>(value(output, pixel));
   }
 }
 
@@ -46,55 +54,66 @@ __device__ void Block<Tr>::finish_forward() {
     for (int i = 0; i < 2; ++i) {
       const float bias =
           p_.bias && output + i < job_->outputs ? p_.bias[job_->channel + output + i] : 0.f;
-      float sum = 0;
 #pragma unroll
       for (int y = 0; y < R; ++y)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int pixel = lane / 4 + 8 * e;
           const T rounded = narrow<T>(sums_[y][j][2 * e + i] + bias);
           *reinterpret_cast<T*>(shared_ + (output + i) * pitch +
-                                (y * kColumns + warp * 16 + pixel) * bytes) = rounded;
+                                (y * kColumns + warp * 16 + lane / 4 + 8 * e) * bytes) = rounded;
           sums_[y][j][2 * e + i] = widen(rounded);  // the moments are those of the result
-          if (y < rows && pixel < columns) sum += sums_[y][j][2 * e + i];
         }
       if (!p_.partial) continue;
-      const float count = static_cast<float>(rows * columns);
-      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      const float pivot = count > 0 ? sum / count : 0.f;
-      float rest = 0, squares = 0;
+      // Of the distances to the mean, or that of the first row, which is near enough.
+      float pivot = 0, rest = 0, squares = 0;
+      auto add_pixels = [&](auto is_whole) {
+        auto for_pixels = [&](int end, auto&& f) {
 #pragma unroll
-      for (int y = 0; y < R; ++y)
+          for (int y = 0; y < R; ++y)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float distance = sums_[y][j][2 * e + i] - pivot;
-          if (y >= rows || lane / 4 + 8 * e >= columns) continue;
-          rest += distance;
-          squares = fmaf(distance, distance, squares);
-        }
-      for (int step = 4; step < 32; step *= 2) {
-        rest += __shfl_xor_sync(~0u, rest, step);
-        squares += __shfl_xor_sync(~0u, squares, step);
-      }
-      if (lane / 4 == 0 && output + i < job_->outputs) {
+            for (int e = 0; e < 2; ++e)
+              if (y < end && (is_whole.value || lane / 4 + 8 * e < columns))
+                f(sums_[y][j][2 * e + i]);
+        };
+        const int first_rows = is_whole.value ? 1 : rows;
+        for_pixels(first_rows, [&](float v) { pivot += v; });
+        for (int step = 4; step < 32; step *= 2) pivot += __shfl_xor_sync(~0u, pivot, step);
+        pivot /= static_cast<float>(first_rows * max(columns, 1));
+        for_pixels(is_whole.value ? R : rows, [&](float v) {
+          rest += v - pivot;
+          squares = fmaf(v - pivot, v - pivot, squares);
+        });
+      };
+      if (rows == R && columns == 16)
+        add_pixels(std::true_type{});
+      else
+        add_pixels(std::false_type{});
+      // One exchange leaves a sum to each half of the warp, two more add over its pixels.
+      const bool upper = lane & 16;
+      float sum = upper ? squares : rest;
+      sum += __shfl_xor_sync(~0u, upper ? rest : squares, 16);
+      sum += __shfl_xor_sync(~0u, sum, 8);
+      sum += __shfl_xor_sync(~0u, sum, 4);
+      if (lane / 4 % 4 == 0 && output + i < job_->outputs) {
         const int64_t part = static_cast<int64_t>(blockIdx.x / p_.num_jobs) * kWarps + warp;
-        reinterpret_cast<float4*>(
-            p_.partial)[part * p_.partial_channels + job_->partial_channel + output + i] = {
-            pivot, rest, squares, count};
+        float2* to = reinterpret_cast<float2*>(p_.partial) +
+                     (part * p_.partial_channels + job_->partial_channel + output + i) * 2 + upper;
+        const float count = static_cast<float>(rows * columns);
+        *to = upper ? float2{sum, count} : float2{pivot, sum};
       }
     }
   }
   __syncthreads();
   const View& out = job_->out;
-  if (!p_.by_rows) {
+  if (p_.results != Access::rows) {
     write_elements(out, [&](int output, int pixel) {
-      return *reinterpret_cast<const T*>(shared_ + output * pitch + pixel * bytes);
+      return widen(*reinterpret_cast<const T*>(shared_ + output * pitch + pixel * bytes));
     });
     return;
   }
   // 16 bytes a thread, at once where the rows of the result are aligned to that.
-  constexpr int pixels = kSlot<T>, vectors = kColumns / pixels;
-  for (int i = threadIdx.x; i < job_->outputs * R * vectors; i += kThreads) {
+  constexpr unsigned pixels = kSlot<T>, vectors = kColumns / pixels;
+  for (unsigned i = threadIdx.x; i < job_->outputs * R * vectors; i += kThreads) {
     const int vector = i % vectors, y = i / vectors % R, output = i / (vectors * R);
     const int h = row_ + y, w = column_ + vector * pixels;
     if (h >= p_.height || w >= p_.width) continue;
@@ -131,7 +150,8 @@ __device__ void Block<Tr>::finish_backward() {
   static_assert(kColumns / kPixelsALoad == 16);
   const Job job = *job_;
   const int first = warp * 2 + lane / 16, vector = lane % 16 * kPixelsALoad;
-  const bool through_psi = p_.scale || p_.relu, by_rows = p_.by_rows;
+  const bool through_psi = p_.scale || p_.relu, by_rows = p_.results == Access::rows;
+  const bool plain = through_psi && by_rows && job.out.data;  // the common case, without branches
   const float least_kept = p_.relu ? __uint_as_float(1) : -INFINITY;  // by the ReLU: above zero
   const int rows = min(R, p_.height - row_);
   auto at = [&](const View& v) {
@@ -146,39 +166,44 @@ __device__ void Block<Tr>::finish_backward() {
     const float scale = there && p_.scale ? p_.scale[job.channel + output] : 1.f;
     const float shift = there && p_.scale ? p_.shift[job.channel + output] : 0.f;
     float to_scale = 0, to_shift = 0;
+    auto pass_rows = [&](auto is_plain) {
 #pragma unroll
-    for (int y = 0; y < R; ++y) {
-      if (!there || y >= rows) continue;
-      const float4 four =
-          *reinterpret_cast<const float4*>(staged + output * pitch + y * kColumns + vector);
-      float gradient[4] = {four.x, four.y, four.z, four.w};
-      if (through_psi) {
-        const T* row = x + y * job.x.stride_h;
-        Four<T> pixels;
-        if (by_rows) {
-          pixels = __ldg(reinterpret_cast<const Four<T>*>(row));
-        } else {
-          const uint32_t inside = pixels_inside(column_ + vector, p_.width);
-          pixels = four_elements(row, job.x.stride_w, inside);
+      for (int y = 0; y < R; ++y) {
+        if (y >= rows) break;
+        float4* at = reinterpret_cast<float4*>(staged + output * pitch + y * kColumns + vector);
+        float gradient[4] = {at->x, at->y, at->z, at->w};
+        if (is_plain.value || through_psi) {
+          const T* row = x + y * job.x.stride_h;
+          Four<T> pixels;
+          if (is_plain.value || by_rows) {
+            pixels = __ldg(reinterpret_cast<const Four<T>*>(row));
+          } else {
+            const uint32_t inside = pixels_inside(column_ + vector, p_.width);
+            pixels = four_elements(row, job.x.stride_w, inside);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) gradient[e] = inside >> e & 1 ? gradient[e] : 0.f;
+            for (int e = 0; e < 4; ++e) gradient[e] = inside >> e & 1 ? gradient[e] : 0.f;
+          }
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float v = element<T>(pixels, e);
+            gradient[e] = fmaf(v, scale, shift) < least_kept ? 0.f : gradient[e];  // NaN passes
+            to_scale = fmaf(gradient[e], v, to_scale);
+            to_shift += gradient[e];
+          }
         }
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float v = element<T>(pixels, e);
-          gradient[e] = fmaf(v, scale, shift) < least_kept ? 0.f : gradient[e];  // NaN passes
-          to_scale = fmaf(gradient[e], v, to_scale);
-          to_shift += gradient[e];
-        }
+        if (!is_plain.value && !job.out.data) continue;
+        const float4 result = {gradient[0] * scale, gradient[1] * scale, gradient[2] * scale,
+                               gradient[3] * scale};
+        if (is_plain.value || by_rows)
+          *reinterpret_cast<Four<T>*>(out + y * job.out.stride_h) = rounded<T>(result);
+        else
+          *at = result;
       }
-      if (!job.out.data) continue;
-      const float4 result = {gradient[0] * scale, gradient[1] * scale, gradient[2] * scale,
-                             gradient[3] * scale};
-      if (by_rows)
-        *reinterpret_cast<Four<T>*>(out + y * job.out.stride_h) = rounded<T>(result);
-      else
-        *reinterpret_cast<float4*>(staged + output * pitch + y * kColumns + vector) = result;
-    }
+    };
+    if (there && plain)
+      pass_rows(std::true_type{});
+    else if (there)
+      pass_rows(std::false_type{});
     if (!p_.partial) continue;
     // One exchange leaves a sum to each quarter of the warp, three more add over its lanes.
     const bool upper = lane & 8;
@@ -193,8 +218,7 @@ __device__ void Block<Tr>::finish_backward() {
   }
   if (by_rows || !job.out.data) return;
   __syncthreads();
-  write_elements(job.out,
-                 [&](int output, int pixel) { return narrow<T>(staged[output * pitch + pixel]); });
+  write_elements(job.out, [&](int output, int pixel) { return staged[output * pitch + pixel]; });
 }
 
 template <class T, int kTiles, int kRows>

@@ -135,7 +135,7 @@ class WeightBlock {
       store_channels<kRelu>(ring_ + (channel * kRingChannel + staged_column()) * 4,
                             kRingChannel * 4, raw_, by_pixels, psi, inside_);
     } else {
-      if (by_pixels) pixels_to_rows(raw_);
+      if (by_pixels) pixels_to_rows<T>(raw_);
       psi.load(p_.coefficients, job_.chunk, slot);
       const uint32_t to = ring_ + (slot * kRingHalf + row * kRingPitch + staged_column()) * 16;
       if (inside_)
@@ -161,6 +161,8 @@ class WeightBlock {
     if (copier() >= 0) {
       if (p_.access == Access::any)
         copy_gradient_elements(step);
+      else if (p_.access == Access::pixels)
+        copy_gradient_pixels(step);
       else if (kIsFloat || p_.wide_loads)
         copy_gradient<16>(step);
       else
@@ -186,6 +188,31 @@ class WeightBlock {
       *reinterpret_cast<T*>(shared_ + to + k * kGradientPitch + pixel * kElement) = value;
     }
   }
+  /// Squares of four pixels by four outputs: of a warp eight along the row by four, so that loads
+  /// take whole sectors and each half's stores touch every bank once.
+  __device__ void copy_gradient_pixels(int step) const {
+    constexpr unsigned across = kColumns / kPixelsALoad / 8;  // warps that a row takes
+    const View& g = p_.gradient;
+    const unsigned lane = copier() % 32, fours = (job_.outputs + 15) / 16;
+    for (unsigned i = copier() / 32; i < across * kRows * fours; i += kStaging / 32) {
+      const int row = i / across % kRows, output = (i / (across * kRows) * 4 + lane / 8) * 4;
+      const int column = (i % across * 8 + lane % 8) * kPixelsALoad, w = column_ + column;
+      const int h = map_row(step, row);
+      if (h < 0 || output >= job_.outputs) continue;
+      const T* from = static_cast<const T*>(g.data) +
+                      direct::offset_of(g, n_, job_.first_output + output, h, w);
+      Four<T> square[4];
+#pragma unroll
+      for (int e = 0; e < kPixelsALoad; ++e, from += g.stride_w)
+        square[e] = w + e < p_.width ? __ldg(reinterpret_cast<const Four<T>*>(from)) : Four<T>{};
+      transpose<T>(square);
+      const uint32_t to = gradient_buffer(step) - ring_ + output * kGradientPitch +
+                          (row * kColumns + column) * kElement;
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        *reinterpret_cast<Four<T>*>(shared_ + to + k * kGradientPitch) = square[k];
+    }
+  }
   template <int kBytes>
   __device__ void copy_gradient(int step) const {
     constexpr int pixels = kBytes / kElement, vectors = kColumns / pixels;
@@ -195,18 +222,22 @@ class WeightBlock {
     const int h = map_row(step, row), w = column_ + vector * pixels;
     if (h < 0) return;
     const View& g = p_.gradient;
-    const bool inside = w < p_.width;
-    const T* from = static_cast<const T*>(g.data);
-    if (inside)
-      from += n_ * g.stride_n + (job_.first_output + first) * g.stride_c + h * g.stride_h + w;
+    // Where nothing is read the address does not count.
+    const int bytes = w < p_.width ? kBytes : 0;
+    const char* from =
+        static_cast<const char*>(g.data) +
+        (n_ * g.stride_n + (job_.first_output + first) * g.stride_c + h * g.stride_h + w) *
+            kElement;
+    const int64_t step_bytes = apart * g.stride_c * kElement;
     uint32_t to = gradient_buffer(step) + first * kGradientPitch + row * kColumns * kElement +
                   vector * kBytes;
+#pragma unroll 4
     for (int k = first; k < job_.outputs; k += apart) {
       if constexpr (kBytes == 16)
-        ptx::copy_async_16(to, from, inside ? 16 : 0);
+        ptx::copy_async_16(to, from, bytes);
       else
-        ptx::copy_async_8(to, from, inside ? 8 : 0);
-      if (inside) from += apart * g.stride_c;
+        ptx::copy_async_8(to, from, bytes);
+      from += step_bytes;
       to += apart * kGradientPitch;
     }
   }

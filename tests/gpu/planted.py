@@ -131,7 +131,8 @@ WEIGHT_BUGS = [
     ),
     Bug(
         "gradient_beyond_the_map",
-        (Change("tensor_weight.cuh", "inside ? 8 : 0", "8"),),
+        (Change("tensor_weight.cuh", "w < p_.width ? kBytes : 0", "kBytes"),),
+        "outside every buffer",
     ),
 ]
 

@@ -69,6 +69,14 @@ TENSOR_CASES = [
         dilations=(2, 21),
         grad_layout="slice_last",
     ),
+    grid.Case(
+        "two_jobs_of_channels_last",
+        channels=(8, 4),
+        out_channels=44,
+        size=(1, 5, 21),
+        layout="channels_last",
+        grad_layout="channels_last",
+    ),
     grid.Case("odd_channels_last", channels=(13, 5), size=(1, 6, 66), layout="channels_last"),
     grid.Case(
         "mixed_layouts",

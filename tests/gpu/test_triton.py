@@ -35,11 +35,14 @@ KINDS = {  # dtype, and the precision that the operators are given
 SHIPPED_FOR = ("sm_80", "sm_90")
 MEMORY = {  # how all sources lie, in the words of grid.LAYOUTS; "mixed" takes turns
     "planes": "contiguous",
+    "fours": "contiguous",  # rows start at multiples of four numbers, or of two, but no more
+    "pairs": "contiguous",
     "odd": "contiguous",  # of an odd number of pixels, which are loaded one by one
     "last": "channels_last",
     "strided": "every_other",
     "mixed": "",
 }
+SIZES = {"fours": (31, 60), "pairs": (31, 62), "odd": (31, 63)}  # by MEMORY, else 32 x 64
 # Sources and outputs: a layer of D3Net for every bucket of outputs of configs.py, and blocks of
 # outputs in two pieces beside them.
 LAYERS = {
@@ -166,7 +169,7 @@ def compiled(
 ) -> list[Launch]:
     """The three kernels of a layer and what prepares for them, compiled and not executed."""
     channels, outputs = LAYERS[layer]
-    size = (31, 63) if layout == "odd" else (32, 64)
+    size = SIZES.get(layout, (32, 64))
 
     def image(c: int, layout: str) -> torch.Tensor:
         lay_out = grid.LAYOUTS[MEMORY[layout]]

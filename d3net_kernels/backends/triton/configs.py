@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 KERNELS = ("forward", "backward_data", "backward_weight")
-KERNELS_VERSION = 3  # to be raised where other block sizes may be the best ones for the kernels
+KERNELS_VERSION = 4  # to be raised where other block sizes may be the best ones for the kernels
 GRAIN = 16  # channels that the weight gradient's workspace and blocks come in
 MOST_TAPS = 3  # of a column of them, in one program of the weight gradient
 _SHARED = 32  # a program's common work, in outputs: what reading a pixel for all of them is worth
@@ -44,7 +44,8 @@ class Config(NamedTuple):
 class Key(NamedTuple):
     """What a configuration depends on; `outputs` are those of one program.
 
-    scattered: the kernel reads or writes elements one by one, or with 64-bit offsets.
+    scattered: the kernel reads or writes elements one by one, or less than 8 bytes at once, or with
+    64-bit offsets.
     """
 
     kernel: str

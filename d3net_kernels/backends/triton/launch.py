@@ -93,7 +93,7 @@ def backward_data(
         for seen, of_seen in zip(both, (layout, grad_layout), strict=True)
     )
     wide = need_wide_offsets([*inputs, *grads])
-    config = call.config("backward_data", sum(pieces), wide or aligned == 1)
+    config = call.config("backward_data", sum(pieces), wide or call.is_scattered(aligned))
     prepared = prepare([grad_output], config.channels)
     sources, blocks = call.sources(sum(pieces), active, [0] * len(inputs))
     ready = weight.new_zeros((*weight.shape[2:], prepared.pitch, blocks * sum(pieces)))
@@ -155,10 +155,11 @@ def backward_weight(
     channels = [view.channels for view in call.views]
     aligned = alignment(call.views, layout, call.width, weight.element_size())
     wide = need_wide_offsets(inputs)
-    config = call.config("backward_weight", sum(pieces), wide or aligned == 1)
+    config = call.config("backward_weight", sum(pieces), wide or call.is_scattered(aligned))
     # A second block of channels needs too many registers where a thread holds more channels, as it
-    # does without loads of 16 bytes along a row, or more sums, as with more than 64 outputs.
-    whole = layout is parts.PLANES and aligned * weight.element_size() == 16 and sum(pieces) <= 64
+    # does without wide loads along a row, or more sums, as with more than 64 outputs.
+    wide_loads = aligned * weight.element_size() >= (8 if call.arch.startswith("sm_8") else 16)
+    whole = layout is parts.PLANES and wide_loads and sum(pieces) <= 64
     blocks = configs.channel_blocks(channels, config.channels, rest=whole)
     output_blocks = -(-outputs // sum(pieces))
     padded = output_blocks * sum(pieces)
@@ -231,6 +232,10 @@ class _Call:
         """Block sizes of a kernel whose programs have so many outputs each."""
         key = configs.Key(kernel, self.arch, self.weight.dtype, outputs, scattered)
         return configs.config_for(key, self.weight.device)
+
+    def is_scattered(self, aligned: int) -> bool:
+        """Whether reading so many numbers at once costs the registers of reading each by itself."""
+        return aligned == 1 or aligned * self.weight.element_size() < 8
 
     def blocks(self, groups: Sequence[int]) -> tuple[int, int]:
         """BLOCK and REST of the forward pass and the data gradient."""
