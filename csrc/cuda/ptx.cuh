@@ -7,6 +7,13 @@
 
 namespace d3net::cuda::ptx {
 
+/// threadIdx.x, anew in every round of a loop: what follows from it does not stay in registers.
+__device__ inline int thread_anew() {
+  int t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
+}
+
 /// Addresses in shared memory are 32-bit numbers for these instructions.
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

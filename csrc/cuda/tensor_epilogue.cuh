@@ -15,27 +15,35 @@ __device__ inline Four<T> rounded(const float4& v) {
     return {ptx::pack_two<T, false>(v.x, v.y), ptx::pack_two<T, false>(v.z, v.w)};
 }
 
-/// Writes value(output, pixel of the tile), neighbours in memory by neighbouring threads: four
-/// channels at once where the result has Access::pixels, else one by one.
+/// Writes value(output, pixel of the tile) to a result that has not Access::rows. By pixels four
+/// channels at once, of a warp four times four of eight pixels: whole sectors.
 template <class Tr>
 template <class F>
 __device__ void Block<Tr>::write_elements(const View& out, F&& value) const {
-  const bool fours = p_.results == Access::pixels;
-  const unsigned outputs = fours ? job_->outputs / 4 : job_->outputs;
-  const bool channels_inside = out.stride_c < out.stride_w;
+  auto write = [&](unsigned output, unsigned pixel, auto&& store) {
+    const int h = row_ + pixel / kColumns, w = column_ + pixel % kColumns;
+    if (output < job_->outputs && lies_in(h, p_.height) && lies_in(w, p_.width))
+      store(static_cast<T*>(out.data) + direct::offset_of(out, n_, output, h, w));
+  };
+  const unsigned outputs = job_->outputs;
+  if (p_.results == Access::pixels) {
+    const unsigned lane = threadIdx.x % 32;
+    for (unsigned i = threadIdx.x / 32; i < (outputs + 15) / 16 * (R * kColumns / 8); i += kWarps) {
+      const unsigned output = i / (R * kColumns / 8) * 16 + lane / 8 * 4;
+      const unsigned pixel = i % (R * kColumns / 8) * 8 + lane % 8;
+      write(output, pixel, [&](T* to) {
+        *reinterpret_cast<Four<T>*>(to) =
+            rounded<T>({value(output, pixel), value(output + 1, pixel), value(output + 2, pixel),
+                        value(output + 3, pixel)});
+      });
+    }
+    return;
+  }
+  const bool channels_inside = out.stride_c < out.stride_w;  // neighbours by neighbouring threads
   for (unsigned i = threadIdx.x; i < outputs * R * kColumns; i += kThreads) {
     const unsigned output = channels_inside ? i % outputs : i / (R * kColumns);
     const unsigned pixel = channels_inside ? i / outputs : i % (R * kColumns);
-    const int h = row_ + pixel / kColumns, w = column_ + pixel % kColumns;
-    if (!lies_in(h, p_.height) || !lies_in(w, p_.width)) continue;
-    T* to =
-        static_cast<T*>(out.data) + direct::offset_of(out, n_, fours ? 4 * output : output, h, w);
-    if (fours)
-      *reinterpret_cast<Four<T>*>(to) =
-          rounded<T>({value(4 * output, pixel), value(4 * output + 1, pixel),
-                      value(4 * output + 2, pixel), value(4 * output + 3, pixel)});
-    else
-      *to = narrow<T>(value(output, pixel));
+    write(output, pixel, [&](T* to) { *to = narrow<T>(value(output, pixel)); });
   }
 }
 
@@ -171,7 +179,8 @@ __device__ void Block<Tr>::finish_backward() {
       for (int y = 0; y < R; ++y) {
         if (y >= rows) break;
         float4* at = reinterpret_cast<float4*>(staged + output * pitch + y * kColumns + vector);
-        float gradient[4] = {at->x, at->y, at->z, at->w};
+        const float4 four = *at;
+        float gradient[4] = {four.x, four.y, four.z, four.w};
         if (is_plain.value || through_psi) {
           const T* row = x + y * job.x.stride_h;
           Four<T> pixels;

@@ -72,8 +72,8 @@ class WeightBlock {
       ptx::wait_for_copies();
       __syncthreads();
       if (i + 1 < last) {
-        load(i + 2);
         copy_gradient(i + 1);
+        load(i + 2);
       }
       multiply(i);
       if (i + 1 < last) store(i + 2);
@@ -151,9 +151,7 @@ class WeightBlock {
   }
 
   /// The number of a thread among those that copy; below 0 where it does not.
-  __device__ static int copier() {
-    return static_cast<int>(threadIdx.x) - (32 * kWarps - kStaging);
-  }
+  __device__ static int copier() { return ptx::thread_anew() - (32 * kWarps - kStaging); }
 
   /// A step's rows of the gradient to shared memory, zeros right of the map. What is missing from
   /// the last tile of 8 outputs stays as it is: nobody reads its sums.
@@ -194,6 +192,7 @@ class WeightBlock {
     constexpr unsigned across = kColumns / kPixelsALoad / 8;  // warps that a row takes
     const View& g = p_.gradient;
     const unsigned lane = copier() % 32, fours = (job_.outputs + 15) / 16;
+#pragma unroll 2  // without it ptxas spills a register on sm_90
     for (unsigned i = copier() / 32; i < across * kRows * fours; i += kStaging / 32) {
       const int row = i / across % kRows, output = (i / (across * kRows) * 4 + lane / 8) * 4;
       const int column = (i % across * 8 + lane % 8) * kPixelsALoad, w = column_ + column;
@@ -228,9 +227,9 @@ class WeightBlock {
         static_cast<const char*>(g.data) +
         (n_ * g.stride_n + (job_.first_output + first) * g.stride_c + h * g.stride_h + w) *
             kElement;
-    const int64_t step_bytes = apart * g.stride_c * kElement;
     uint32_t to = gradient_buffer(step) + first * kGradientPitch + row * kColumns * kElement +
                   vector * kBytes;
+    const int64_t step_bytes = apart * g.stride_c * kElement;
 #pragma unroll 4
     for (int k = first; k < job_.outputs; k += apart) {
       if constexpr (kBytes == 16)

@@ -9,6 +9,8 @@
 
 namespace d3net::cuda::ptx {
 
+inline int thread_anew() { return static_cast<int>(threadIdx.x); }
+
 namespace emulated {
 
 inline char* shared_at(uint32_t address) {
