@@ -329,8 +329,7 @@ struct InTurns {
   }
 };
 
-/// Vectors that hold `count` (a power of 2) values of each lane in turns become a vector a value
-/// ...
+/// Vectors of `count` (a power of 2) values in turns become one vector of each value ...
 template <int count, class V>
 D3NET_INLINE void take_apart(V (&r)[count]) {
   for (int done = 1; done < count; done *= 2) {

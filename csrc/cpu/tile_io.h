@@ -116,13 +116,14 @@ class Stager {
                              row + tiling_.cols + window_.reach,
                              stride,
                              last - first};
+    const bool gapless = x_.stride_c == 1 && x_.stride_w == channels;
     if (x_.stride_w == 1 || width_ == 1)
       copy_planar(copy, channels, psi);
-    else if (x_.stride_c == 1 && x_.stride_w == channels && channels == 2)
+    else if (gapless && channels == 2)
       copy_in_turns<2>(copy, psi);
-    else if (x_.stride_c == 1 && x_.stride_w == channels && channels == 4)
+    else if (gapless && channels == 4)
       copy_in_turns<4>(copy, psi);
-    else if (x_.stride_c == 1 && x_.stride_w == channels && channels == 8)
+    else if (gapless && channels == 8)
       copy_in_turns<8>(copy, psi);
     else if (x_.stride_c == 1)
       copy_interleaved(copy, channels, psi);

@@ -90,8 +90,8 @@ struct Finish {
 };
 
 /// Second stage of the moments. Of each part, (pivot, sum and sum of squares of the distances from
-/// it, count): the pivot is one of the part's values or near their mean, so that no mean, however
-/// large, cancels.
+/// it, count): the pivot is the mean of some of the part's values, so that no mean, however large,
+/// cancels.
 struct FinishMoments {
   const void* partial;  // [part][channel][4], double or float
   bool from_double;

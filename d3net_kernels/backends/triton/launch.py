@@ -157,7 +157,8 @@ def backward_weight(
     wide = need_wide_offsets(inputs)
     config = call.config("backward_weight", sum(pieces), wide or call.is_scattered(aligned))
     # A second block of channels needs too many registers where a thread holds more channels, as it
-    # does without wide loads along a row, or more sums, as with more than 64 outputs.
+    # does without wide loads along a row, or more sums, as with more than 64 outputs. With loads
+    # of 8 bytes ptxas spills for sm_90, but not for sm_8x.
     wide_loads = aligned * weight.element_size() >= (8 if call.arch.startswith("sm_8") else 16)
     whole = layout is parts.PLANES and wide_loads and sum(pieces) <= 64
     blocks = configs.channel_blocks(channels, config.channels, rest=whole)
