@@ -206,7 +206,7 @@ class Call:
 
     def parameters(self) -> list[Tensor]:
         """What a training step wants the gradients of, besides x."""
-        convs, norms = self.params
+        convs, norms = self.params.convs, self.params.norms
         both = [t for conv in convs for t in (conv.weight, conv.bias) if t is not None]
         return both + [t for norm in norms for t in (norm.weight, norm.bias)]
 

@@ -28,8 +28,9 @@ inline Tensor new_output(const Tensor& like, int64_t n, int64_t c, int64_t h, in
 class Coefficients {
  public:
   Coefficients(const Tensor& t, DType problem, int64_t size) {
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size,
-                    "d3net_kernels: a vector of coefficients must have one element a channel");
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size && t.is_cpu(),
+                    "d3net_kernels: a vector of coefficients must have one element a channel and "
+                    "be on the CPU");
     if (problem == DType::float64)
       data_ = in(DType::float64, t, doubles_);
     else

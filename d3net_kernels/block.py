@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, block_layers, block_node, checks, reference
+from . import backends, block_handle, block_layers, block_node, checks, reference
 from ._layout import autocast_dtype_for, channels_last
 from .block_params import ConvParams, D2Params, Norm, NormParams, Processes
 from .functional import multidilated_conv2d
@@ -58,6 +58,10 @@ def d2_block(
         RuntimeError: a forced backend cannot serve, torch.distributed is not initialised, or the
             reference backend is asked for the statistics of several processes.
     """
+    if process_group is None and not torch.is_grad_enabled():
+        again = block_handle.d2_block(x, params, norm, out_layers)
+        if again is not None:
+            return again
     layers = len(params.convs)
     out_layers = checks.block_options(norm, out_layers, layers)
     batch_statistics = any(n.running_mean is None or n.use_batch_statistics for n in params.norms)
@@ -72,6 +76,8 @@ def d2_block(
         return reference.d2_block(parts, params, norm=norm, out_layers=out_layers)
     parts = _as_autocast(parts)
     if group is None and forced in (None, "cpu") and block_node.serves(parts, params, norm):
+        if not (batch_statistics or torch.is_grad_enabled()):
+            block_handle.leave(parts, params, norm, out_layers)
         return block_node.d2_block(parts, params, norm, out_layers)
     return block_layers.d2_block(parts, _cast(params, parts[0].dtype), norm, out_layers, group)
 
@@ -130,4 +136,4 @@ def _cast(params: D2Params, dtype: torch.dtype) -> D2Params:
         )
         for conv in params.convs
     ]
-    return params._replace(convs=convs)
+    return D2Params(convs, params.norms)

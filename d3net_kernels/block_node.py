@@ -40,7 +40,7 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
     x = parts[0]
     if not x.is_cpu or x.numel() == 0 or cpu.why_not(()) is not None:
         return False
-    convs, norms = params
+    convs, norms = params.convs, params.norms
     layers, dtype = len(convs), convs[0].weight.dtype
     if dtype not in (x.dtype, dtype_for(x)):  # autocast casts x alone
         return False
@@ -98,7 +98,7 @@ def d2_block(
     """The block through its own operator; arguments as `serves` accepted them."""
     x = parts[0]
     absent = x.new_empty(0)
-    convs, norms = params
+    convs, norms = params.convs, params.norms
     use_batch = [int(n.running_mean is None or n.use_batch_statistics) for n in norms]
     # Through the dispatcher a call costs 10 microseconds more, which only tracing and the
     # transforms of torch.func need.

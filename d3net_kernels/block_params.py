@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias, Union
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias, Union
 
 import torch
 import torch.distributed
@@ -43,12 +44,25 @@ class NormParams(NamedTuple):
     eps: float
 
 
-class D2Params(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class D2Params:
     """All parameters of a D2 block: convs[i] of source i, and the norms.
 
     norm="per_source": norms[i] has the C_i channels of source i.
     norm="per_layer": norms[l] has the C_0 + l k channels that layer l + 1 reads.
+
+    Which tensors these are stays as it is, what they hold may change. Calls without gradients go
+    quicker when given the same object again.
     """
 
     convs: Sequence[ConvParams]
     norms: Sequence[NormParams]
+    handles: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What such calls leave for each other (block_handle.py)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "convs", tuple(self.convs))
+        object.__setattr__(self, "norms", tuple(self.norms))
+
+    def __reduce__(self) -> Any:  # handles are this process's
+        return D2Params, (self.convs, self.norms)

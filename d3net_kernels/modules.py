@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,6 +131,7 @@ class D2Block(nn.Module):
         self.out_layers = checks.block_options(norm, out_layers, num_layers)
         self.norm = norm
         self.process_group = checks.process_group(process_group)
+        self._recent = _RecentParams()
         self.norms = nn.ModuleList()
         self.convs = nn.ModuleList()
         for i in range(num_layers):
@@ -153,19 +155,28 @@ class D2Block(nn.Module):
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """x_0 (N, C_0, H, W), or a list of its parts, to (N, k * out_layers, H, W), raw outputs."""
-        convs = [_conv_params(conv) for conv in self.convs]
-        norms = [_norm_params(norm) for norm in self.norms]
-        if any(norm.use_batch_statistics for norm in norms):
+        params = self._params()
+        if any(norm.use_batch_statistics for norm in params.norms):
             # Before the norms count the batch.
-            checks.block_input(x, convs[0].weight, True, self.process_group)
-            norms = [_counted(norm, params) for norm, params in zip(self.norms, norms, strict=True)]
+            checks.block_input(x, params.convs[0].weight, True, self.process_group)
+            norms = [_counted(*pair) for pair in zip(self.norms, params.norms, strict=True)]
+            params = D2Params(params.convs, norms)
         return d2_block(
             x,
-            D2Params(convs, norms),
+            params,
             norm=self.norm,
             out_layers=self.out_layers,
             process_group=self.process_group,
         )
+
+    def _params(self) -> D2Params:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _params_of(self.convs, self.norms)
+        return self._recent.params_of(self.convs, self.norms)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self._recent.forget()  # torch may want to exchange tensors, which nobody else may hold then
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         shared = "" if self.process_group is None else f", process_group={self.process_group!r}"
@@ -253,6 +264,52 @@ def norm_then_conv(
         checks.block_input(x, conv_params.weight, True, None)
         norm_params = _counted(norm, norm_params)
     return norm_conv2d(x, conv_params, norm_params, relu=relu)
+
+
+class _RecentParams:
+    """The parameters of a block as one object for as long as its modules hold the same ones, so
+    that calls without gradients can build on each other. A copy of the block begins without.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[list[Any], D2Params] | None = None
+
+    def __reduce__(self) -> Any:
+        return _RecentParams, ()
+
+    def forget(self) -> None:
+        self._last = None
+
+    def params_of(self, convs: nn.ModuleList, norms: nn.ModuleList) -> D2Params:
+        """What `_params_of` gives, or gave last time."""
+        held = self._held_by(convs, norms)
+        last = self._last
+        if held and last and len(held) == len(last[0]) and all(map(operator.is_, held, last[0])):
+            return last[1]
+        params = _params_of(convs, norms)
+        keeps_graph = any(isinstance(t, Tensor) and not t.is_leaf for t in held)
+        self._last = (held, params) if held and not keeps_graph else None
+        return params
+
+    @staticmethod
+    def _held_by(convs: nn.ModuleList, norms: nn.ModuleList) -> list[Any]:
+        """All that the parameters are made of; nothing where it is made anew at each access."""
+        held: list[Any] = []
+        try:
+            for conv in convs:
+                own = conv._parameters
+                held += own["weight"], own["bias"]
+            for norm in norms:
+                own, buffers = norm._parameters, norm._buffers
+                held += own["weight"], own["bias"], buffers["running_mean"], buffers["running_var"]
+                held += type(norm), norm.training, norm.momentum, norm.eps
+        except (KeyError, AttributeError):
+            return []
+        return held
+
+
+def _params_of(convs: nn.ModuleList, norms: nn.ModuleList) -> D2Params:
+    return D2Params([_conv_params(conv) for conv in convs], [_norm_params(norm) for norm in norms])
 
 
 def _conv_params(conv: nn.Module) -> ConvParams:

@@ -76,6 +76,17 @@ d2_block_backward = _define(
     f" Tensor var, {_BLOCK}, int[] wanted) -> (Tensor grad_x, Tensor[] grad_weights,"
     " Tensor[] grad_biases, Tensor[] grad_norm_weights, Tensor[] grad_norm_biases)"
 )
+# Calls with parameters that were handed over before; never traced (block_handle.py).
+d2_block_handle = _define(
+    "d2_block_handle(Tensor[] weights, Tensor[] biases, Tensor[] norm_weights,"
+    " Tensor[] norm_biases, Tensor[] running_means, Tensor[] running_vars, float eps,"
+    " bool per_layer, bool relu, int out_layers) -> int"
+)
+d2_block_of_handle = _define(
+    "d2_block_of_handle(Tensor[] parts, int handle, int precision) -> Tensor"
+)
+d2_block_release = _define("d2_block_release(int handle) -> ()")
+_define("d2_block_handles() -> int")
 _define("cpu_isa(str request) -> str")
 _define("cpu_packed_bytes() -> int")
 _define(
