@@ -56,12 +56,23 @@ def seconds_by_threads(call: Callable[[], object], rounds: int) -> dict[int, flo
     return {number: statistics.median(taken) for number, taken in samples.items()}
 
 
-def host_microseconds(mode: str) -> dict[str, float]:
-    """Median microseconds of one call on TINY by each form, in NCHW."""
+def host_microseconds(mode: str) -> dict[str, dict[str, float]]:
+    """Median microseconds of one call on TINY by each form, in NCHW.
+
+    "in a row": of many calls of the same form, one after the other. "in turns": of few, each form
+    after all others, whose code has taken the place of its own in the caches.
+    """
     call = Call.random(TINY, mode, "NCHW")
     calls = {name: call.prepared(form).call for name, form in forms_of(mode).items()}
-    samples = time_in_turns(calls, lambda name: name, fewest_rounds=30)
-    return {name: 1e6 * statistics.median(taken) for name, taken in samples.items()}
+    in_turns = time_in_turns(calls, lambda name: name, fewest_rounds=30)
+    in_a_row: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(7):
+        for name, one in calls.items():
+            in_a_row[name].append(seconds_of(one, max(1, round(SHORTEST / seconds_of(one, 3)))))
+    return {
+        way: {name: 1e6 * statistics.median(taken) for name, taken in samples.items()}
+        for way, samples in (("in a row", in_a_row), ("in turns", in_turns))
+    }
 
 
 def measure(shapes: Sequence[BlockShape], rounds: int) -> list[tuple[str, str, int, float]]:
@@ -120,11 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ):
                 what = f"{mode}, 2 threads over 1, {words}"
                 verdicts.append(Verdict(what, TWO_THREADS, value, of=f"{len(ratios)} blocks"))
-    for mode, times in host.items():
-        each = (f"{name} {value:.0f} us" for name, value in times.items())
-        summary.append(f"a call on {TINY}, {mode}: {', '.join(each)}")
-    what = f"a call on {TINY}, eval"
-    verdicts.append(Verdict(what, HOST_MICROSECONDS, host["eval"][OURS], "us", at_most=True))
+    for mode, by_way in host.items():
+        for way, times in by_way.items():
+            each = (f"{name} {value:.0f} us" for name, value in times.items())
+            summary.append(f"a call on {TINY}, {mode}, {way}: {', '.join(each)}")
+    what, value = f"a call on {TINY}, eval, in a row", host["eval"]["in a row"][OURS]
+    verdicts.append(Verdict(what, HOST_MICROSECONDS, value, "us", at_most=True))
     summary += ["", *verdict_lines(verdicts)]
     write_csv(beside(stem, ".csv"), rows)
     write_notes(stem, summary, host_microseconds=host)

@@ -170,7 +170,8 @@ class D2Block(nn.Module):
         )
 
     def _params(self) -> D2Params:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() or compiling or torch._C._are_functorch_transforms_active():
             return _params_of(self.convs, self.norms)
         return self._recent.params_of(self.convs, self.norms)
 

@@ -263,6 +263,16 @@ def test_parameters_made_for_one_call_leave_no_handle() -> None:
     assert _handles() == before
 
 
+def test_nothing_of_a_transform_is_kept() -> None:
+    block, x = _block(), torch.randn(1, 6, 5, 7)
+    many = {name: torch.stack([t, 2 * t]) for name, t in block.named_parameters()}
+    seen = weakref.ref(many["convs.0.weight"])
+    one_by_one = torch.vmap(lambda w: torch.func.functional_call(block, w, (x,)), randomness="same")
+    assert torch.equal(one_by_one(many)[0], _usual(block, x))
+    del many
+    assert seen() is None
+
+
 def test_no_graph_is_kept() -> None:
     block, x = _block(), torch.randn(1, 6, 5, 7)
     with torch.enable_grad():

@@ -147,8 +147,11 @@ __device__ inline uint32_t to_tf32(float v) {
 #endif
 }
 
-__device__ inline void copy_async_16(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+/// 16 bytes, kBytes on from both addresses.
+template <int kBytes>
+__device__ inline void copy_async_16_at(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0+%2], [%1+%2], 16;" ::"r"(to), "l"(from), "n"(kBytes)
+               : "memory");
 }
 /// Only the first `bytes` are read, the others are zeros.
 __device__ inline void copy_async_16(uint32_t to, const void* from, int bytes) {

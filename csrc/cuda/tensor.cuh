@@ -65,17 +65,13 @@ class Block {
   __device__ void convolve() {
     const int end = job_->first_stage + job_->num_stages;
     int stage = next_live(job_->first_stage);
-    load(stage);
-    copy_weights(stage, 0);
+    fetch(stage, 0);
     store(stage, 0);
     for (int buffer = 0; stage < end; buffer ^= 1) {
       ptx::wait_for_copies();
       __syncthreads();
       const int next = next_live(stage + 1);
-      if (next < end) {
-        load(next);
-        copy_weights(next, buffer ^ 1);
-      }
+      if (next < end) fetch(next, buffer ^ 1);
       multiply(stage, buffer);
       if (next < end) store(next, buffer ^ 1);
       stage = next;
@@ -124,33 +120,41 @@ class Block {
     with_number<Tr::kKinds.count>(number, f);
   }
 
-  /// Pixels to registers.
-  __device__ void load(int stage) {
+  /// Pixels to registers, and weights to a buffer.
+  __device__ void fetch(int stage, int buffer) {
     const Stage s = p_.stages[stage];
+    with_kind(s.kind, [&](auto k) {
+      load<k.value>(s);
+      copy_weights<k.value>(s, buffer);
+    });
+    ptx::commit_copies();
+  }
+
+  template <int kKind>
+  __device__ void load(const Stage& s) {
     const int half = threadIdx.x >> 1 & 1, channels = s.channels - kSlot<T> * half;
     const T* from = static_cast<const T*>(s.data) + n_ * s.stride_n + kSlot<T> * half * s.stride_c +
                     (row_ + s.row) * s.stride_h + (column_ + s.column) * s.stride_w;
-    with_kind(s.kind, [&](auto k) {
 #pragma unroll
-      for (int pass = 0; pass < kPrefetch; ++pass) {
-        const Unit u = unit<k.value>(pass);
-        const int h = row_ + s.row + u.row, w = column_ + s.column + u.column;
-        inside_[pass] = 0;
-        if (!u.there || !lies_in(h, p_.height)) continue;
-        const T* pixels = from + u.row * s.stride_h;
-        if (s.access != Access::rows) {
-          inside_[pass] = pixels_inside(w, p_.width);
-          load_elements(raw_[pass], pixels + u.column * s.stride_w, s.access, s.stride_c,
-                        s.stride_w, channels, inside_[pass]);
-        } else if (lies_in(w, p_.width)) {
-          inside_[pass] = kAllInside;
-          if (channels >= kSlot<T>)
-            load_rows(raw_[pass], pixels + u.column, s.stride_c, kSlot<T>);
-          else
-            load_rows(raw_[pass], pixels + u.column, s.stride_c, channels);
-        }
+    for (int pass = 0; pass < kPrefetch; ++pass) {
+      const Unit u = unit<kKind>(pass);
+      const int h = row_ + s.row + u.row, w = column_ + s.column + u.column;
+      inside_[pass] = 0;
+      to_[pass] = u.there ? u.slot * 16 : -1;
+      if (!u.there || !lies_in(h, p_.height)) continue;
+      const T* pixels = from + u.row * s.stride_h;
+      if (s.access != Access::rows) {
+        inside_[pass] = pixels_inside(w, p_.width);
+        load_elements(raw_[pass], pixels + u.column * s.stride_w, s.access, s.stride_c, s.stride_w,
+                      channels, inside_[pass]);
+      } else if (lies_in(w, p_.width)) {
+        inside_[pass] = kAllInside;
+        if (channels >= kSlot<T>)
+          load_rows(raw_[pass], pixels + u.column, s.stride_c, kSlot<T>);
+        else
+          load_rows(raw_[pass], pixels + u.column, s.stride_c, channels);
       }
-    });
+    }
   }
 
   /// psi of the registers to a buffer; zeros outside of the map, after psi.
@@ -165,43 +169,42 @@ class Block {
     if constexpr (!is_float)
       if (by_pixels)
         for (auto& raw : raw_) pixels_to_rows<T>(raw);
-    with_kind(s.kind, [&](auto k) {
 #pragma unroll
-      for (int pass = 0; pass < kPrefetch; ++pass) {
-        const Unit u = unit<k.value>(pass);
-        if (!u.there) continue;
-        const uint32_t to = base_ + buffer * Tr::kStageBytes + u.slot * 16;
-        if (inside_[pass]) {
-          if (is_float && by_pixels)
-            store_pixels<T, Tr::kPrologue, is_float>(to, raw_[pass], psi);
-          else
-            store_pixels<T, Tr::kPrologue>(to, raw_[pass], psi);
-        } else {
-          store_zeros(to);
-        }
-        if (s.access != Access::rows) store_zeros_outside(to, inside_[pass]);
+    for (int pass = 0; pass < kPrefetch; ++pass) {
+      if (to_[pass] < 0) continue;
+      const uint32_t to = base_ + buffer * Tr::kStageBytes + to_[pass];
+      if (inside_[pass]) {
+        if (is_float && by_pixels)
+          store_pixels<T, Tr::kPrologue, is_float>(to, raw_[pass], psi);
+        else
+          store_pixels<T, Tr::kPrologue>(to, raw_[pass], psi);
+      } else {
+        store_zeros(to);
       }
-    });
+      if (s.access != Access::rows) store_zeros_outside(to, inside_[pass]);
+    }
   }
 
   __device__ uint32_t weight_buffer(int buffer) const {
     return base_ + 2 * Tr::kStageBytes + buffer * Tr::kWeightBytes;
   }
 
-  __device__ void copy_weights(int stage, int buffer) const {
-    const Stage& s = p_.stages[stage];
-    int slots = 0;
-    with_kind(s.kind, [&](auto k) {
-      constexpr Taps taps = Tr::kKinds.kind[k.value].taps;
-      slots = Tr::kTapSlots * (taps == Taps::all ? 9 : taps == Taps::row ? 3 : 1);
-    });
-    const uint4* from = static_cast<const uint4*>(p_.weights) + s.weights + threadIdx.x;
-    uint32_t to = weight_buffer(buffer) + threadIdx.x * 16;
-    for (int i = threadIdx.x; i < slots; i += kThreads) {
-      ptx::copy_async_16(to, from);
-      from += kThreads, to += kThreads * 16;
+  template <int kKind>
+  __device__ void copy_weights(const Stage& s, int buffer) const {
+    constexpr Taps taps = Tr::kKinds.kind[kKind].taps;
+    copy_slots<Tr::kTapSlots*(taps == Taps::all   ? 9
+                              : taps == Taps::row ? 3
+                                                  : 1)>(
+        weight_buffer(buffer) + threadIdx.x * 16,
+        static_cast<const uint4*>(p_.weights) + s.weights + threadIdx.x);
+  }
+  template <int kSlots, int kFirst = 0>
+  __device__ static void copy_slots(uint32_t to, const uint4* from) {
+    if constexpr (kFirst < kSlots) {
+      if (kFirst + kThreads <= kSlots || threadIdx.x < kSlots - kFirst)
+        ptx::copy_async_16_at<kFirst * 16>(to, from);
+      copy_slots<kSlots, kFirst + kThreads>(to, from);
     }
-    ptx::commit_copies();
   }
 
   __device__ void multiply(int stage, int buffer) {
@@ -289,6 +292,7 @@ class Block {
   float sums_[R][N][4] = {};  // pixels lane / 4 and + 8 of the warp's, outputs lane % 4 * 2 and + 1
   Four<T> raw_[kPrefetch][kSlot<T>];
   uint32_t inside_[kPrefetch];  // a bit a pixel
+  int to_[kPrefetch];           // where they go in a buffer, in bytes; -1 where there are none
 };
 
 }  // namespace d3net::cuda::tensor

@@ -98,7 +98,7 @@ def _products(counters: Counters, gpu: Gpu) -> Iterator[_Products]:
             )
 
 
-def bounds(counters: Counters, gpu: Gpu, dram_bytes: int) -> dict[str, float]:
+def bounds(counters: Counters, gpu: Gpu, dram_bytes: int, issued: int) -> dict[str, float]:
     """Nanoseconds a resource needs at least, with work spread evenly over the whole GPU."""
     tensor = shared_bytes = 0.0
     for product in _products(counters, gpu):
@@ -110,7 +110,7 @@ def bounds(counters: Counters, gpu: Gpu, dram_bytes: int) -> dict[str, float]:
     return {
         "tensor": tensor,
         "shared": shared / clocks,
-        "issue": counters.issued() / 4 / clocks,
+        "issue": issued / 4 / clocks,
         "L2": counters.global_traffic.units / 2 / clocks,
         "DRAM": dram_bytes / gpu.dram,
     }

@@ -102,8 +102,13 @@ def _compiled_program() -> Path:
 
 @functools.cache
 def module_of(kernel: str, arch: str = "sm_80") -> Module:
+    """The module of the instantiation file that holds `kernel`."""
+    return load(ptx_of(kernel, arch))
+
+
+def ptx_of(kernel: str, arch: str = "sm_80") -> str:
     """The PTX of the instantiation file that holds `kernel`."""
-    return load(compile_ptx(source_of(kernel), arch, includes=[CSRC]))
+    return compile_ptx(source_of(kernel), arch, includes=[CSRC])
 
 
 def source_of(kernel: str) -> Path:

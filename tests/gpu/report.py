@@ -15,9 +15,12 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ from d3net_kernels import numerics
 
 from .bounds import GPUS, Gpu, bounds, composition_bytes, compulsory_bytes, ideal
 from .counters import Counters
-from .cuda_program import Executed, Program
+from .cuda_program import Executed, Program, ptx_of
+from .machine_code import issued, machine_instructions
 from .static import (
     ARCHS,
     LATER_ARCHS,
@@ -74,6 +78,10 @@ class Case:
         """The layer of shapes.json, cut."""
         (found,) = (s for s in load_shapes() if str(s) == self.layer)
         return replace(found, height=self.size[0], width=self.size[1])
+
+    def ideal(self, gpu: Gpu) -> float:
+        """Nanoseconds that it cannot do without."""
+        return ideal(self.shape, self.operation, self.kind, self.dtype.itemsize, gpu)
 
     def problem(self) -> numerics.Problem:
         """It with random numbers; only what the operation needs requires a gradient."""
@@ -131,14 +139,20 @@ CASES = (
 class Launched:
     """One kernel of a case: its launch and what it did.
 
-    `compiled` holds the resources of kernels that are compiled for the case, by architecture.
+    `code(arch)` is what ptxas makes of its PTX, machine_code.py. `compiled` holds the resources of
+    kernels that are compiled for the case, by architecture.
     """
 
     kernel: str
     threads: int
     dynamic_shared: int
     counters: Counters
+    code: Callable[[str], Mapping[int, int]]
     compiled: Mapping[str, Resources] = field(default_factory=dict)
+
+    def issued(self, gpu: Gpu) -> int:
+        """Machine instructions of `gpu`."""
+        return issued(self.counters, self.code(f"sm_{gpu.capability}"))
 
 
 def cuda_family(case: Case) -> list[Launched]:
@@ -153,7 +167,8 @@ def cuda_family(case: Case) -> list[Launched]:
         for name in executed.counters
         if name.startswith(("tensor_", "direct_")) and part in name
     )
-    return [Launched(kernel, *recorded.launches[kernel], executed.counters[kernel])]
+    code = partial(machine_instructions, ptx_of(kernel), kernel)
+    return [Launched(kernel, *recorded.launches[kernel], executed.counters[kernel], code)]
 
 
 Family = Callable[[Case], list[Launched]]
@@ -175,14 +190,18 @@ def can_count(family: str, case: Case) -> bool:
     return not (case.tf32 and family == "triton sm_90")
 
 
-def bound(launched: Iterable[Launched], gpu: Gpu) -> list[tuple[str, float]]:
+def bound(
+    launched: Iterable[Launched], gpu: Gpu, *, of_machine_code: bool = False
+) -> list[tuple[str, float]]:
     """What binds every kernel, and its least nanoseconds; they run one after the other.
 
-    What a kernel reads and writes crosses DRAM once, also what the next one reads.
+    What a kernel reads and writes crosses DRAM once, also what the next one reads. Issued are all
+    instructions of the PTX, or those of the machine code that it becomes.
     """
     times = []
     for one in launched:
-        by_resource = bounds(one.counters, gpu, one.counters.distinct_bytes)
+        number = one.issued(gpu) if of_machine_code else one.counters.issued()
+        by_resource = bounds(one.counters, gpu, one.counters.distinct_bytes, number)
         binding = max(by_resource, key=lambda name: by_resource[name])
         times.append((f"{one.kernel}, {binding} binds", by_resource[binding]))
     return times
@@ -201,10 +220,26 @@ def counted_figures(case: Case, launched: Sequence[Launched]) -> dict[str, float
         "instructions a pixel": counters.issued() / (shape.height * shape.width),
     }
     for gpu in GPUS:
-        least = ideal(shape, case.operation, case.kind, case.dtype.itemsize, gpu)
         total = sum(time for _, time in bound(launched, gpu))
-        figures[f"bound / ideal bound {gpu.name}"] = total / least
+        figures[f"bound / ideal bound {gpu.name}"] = total / case.ideal(gpu)
     return {name: round(value, 4) for name, value in figures.items()}
+
+
+def machine_figures(family: str, case: Case, launched: Sequence[Launched]) -> dict[str, float]:
+    """The same with machine instructions, of the GPUs that would run this family."""
+    figures = {}
+    pixels = case.shape.height * case.shape.width
+    for gpu in GPUS:
+        if runs_on(family, gpu):
+            number = sum(one.issued(gpu) for one in launched)
+            total = sum(time for _, time in bound(launched, gpu, of_machine_code=True))
+            figures[f"machine instructions a pixel {gpu.name}"] = number / pixels
+            figures[_machine_bound(gpu)] = total / case.ideal(gpu)
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def _machine_bound(gpu: Gpu) -> str:
+    return f"bound of machine code / ideal bound {gpu.name}"
 
 
 def spilled(launched: Iterable[Launched]) -> list[str]:
@@ -244,7 +279,7 @@ def exceeded(
     return problems
 
 
-def case_table(case: Case, launched: Sequence[Launched], static: Static) -> str:
+def case_table(family: str, case: Case, launched: Sequence[Launched], static: Static) -> str:
     """One case: its figures, its kernels and their bounds, and what plain torch would move."""
     counters, shape = sum((one.counters for one in launched), Counters()), case.shape
     pixels = shape.height * shape.width
@@ -254,7 +289,7 @@ def case_table(case: Case, launched: Sequence[Launched], static: Static) -> str:
     compulsory = compulsory_bytes(shape, case.operation, case.dtype.itemsize)
     unfused = composition_bytes(shape, case.dtype.itemsize)
     lines = [
-        f"{case}: {shape}",
+        f"{family}, {case}: {shape}",
         "  counted on emulated PTX: "
         + ", ".join(f"{name} {figures[name]:.3f}" for name in list(figures)[:4]),
         f"  mma {100 * kinds.get('mma', 0) / counters.issued():.1f} % of warp instructions; "
@@ -270,12 +305,16 @@ def case_table(case: Case, launched: Sequence[Launched], static: Static) -> str:
                 f"{blocks_an_sm(used, one.threads, one.dynamic_shared, arch)} blocks an SM"
             )
     for gpu in GPUS:
-        times = bound(launched, gpu)
-        least = ideal(shape, case.operation, case.kind, case.dtype.itemsize, gpu)
-        detail = "; ".join(f"{name} {time / pixels:.4f}" for name, time in times)
+        cells = []
+        for of_machine_code in (False, True) if runs_on(family, gpu) else (False,):
+            times = bound(launched, gpu, of_machine_code=of_machine_code)
+            ratio = case.ideal(gpu) / sum(time for _, time in times)
+            detail = "; ".join(f"{name} {time / pixels:.4f}" for name, time in times)
+            code = "machine code" if of_machine_code else "PTX"
+            cells.append(f"of {code} {ratio:.2f}: {detail}")
         lines.append(
-            f"  {gpu.name:8} ideal / counted bound {least / sum(t for _, t in times):.2f}; "
-            f"ns a pixel: ideal {least / pixels:.4f}; {detail}"
+            f"  {gpu.name:8} ns a pixel: ideal {case.ideal(gpu) / pixels:.4f}; "
+            "ideal / counted bound " + "; ".join(cells)
         )
     return "\n".join(lines)
 
@@ -288,7 +327,8 @@ def runs_on(family: str, gpu: Gpu) -> bool:
 
 
 def side_by_side(counted: Mapping[str, Mapping[str, float]]) -> str:
-    """Ideal over counted bound of every family, case by case; 1 is best. And the best on this GPU.
+    """Ideal over counted bound of machine code, case by case, of the families that run on a GPU;
+    1 is best. And the best on this GPU.
 
     Families not counted this time come from the budget.
     """
@@ -296,15 +336,26 @@ def side_by_side(counted: Mapping[str, Mapping[str, float]]) -> str:
     lines = ["ideal / counted bound " + "".join(f"{name:>16}" for name in names)]
     for case, gpu in itertools.product(CASES, GPUS):
         ratios = {
-            name: 1 / counted[key][f"bound / ideal bound {gpu.name}"]
+            name: 1 / figures[_machine_bound(gpu)]
             for name in names
-            if (key := f"{name} {case}") in counted
+            if _machine_bound(gpu) in (figures := counted.get(f"{name} {case}", {}))
         }
         cells = [f"{ratios[name]:16.2f}" if name in ratios else f"{'-':>16}" for name in names]
-        able = [name for name in ratios if runs_on(name, gpu)]
-        best = max(able, key=lambda name: ratios[name], default="-")
+        best = max(ratios, key=lambda name: ratios[name], default="-")
         lines.append(f"{case!s:24} {gpu.name:9}" + "".join(cells) + f"  {best}")
     return "\n".join(lines)
+
+
+def assemble_all(launches: Iterable[tuple[str, Sequence[Launched]]]) -> None:
+    """All machine code that will be asked for, several compilers at a time."""
+    wanted = [
+        (one, gpu)
+        for family, launched in launches
+        for one, gpu in itertools.product(launched, GPUS)
+        if runs_on(family, gpu)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda pair: pair[0].issued(pair[1]), wanted))
 
 
 def saved_table(static: str, cases: Iterable[str]) -> str:
@@ -317,7 +368,10 @@ def saved_table(static: str, cases: Iterable[str]) -> str:
             "**counted on emulated PTX** (bfloat16, or float32 with products in TF32; strips of",
             "the layers of D3Net; of the CUDA kernels that of sm_80),",
             "registers and occupancy are **static**, of ptxas. A bound says that no counted",
-            "resource forbids this time; a ratio of bounds is no speed. Counted are the",
+            "resource forbids this time; a ratio of bounds is no speed. A bound of PTX lets every",
+            "PTX instruction be issued; one of machine code the instructions that ptxas makes of",
+            "it for that GPU, as often as the PTX was executed (tests/gpu/machine_code.py). The",
+            "last table is of machine code. Counted are the",
             "convolution kernels and Triton's `prepare`. Not counted are, of CUDA C++, packing of",
             "the weights, `finish_sums` and `finish_channel_moments`, and of Triton what torch",
             "does around its kernels: weights laid out anew, sums over tiles and slabs, the",
@@ -354,9 +408,11 @@ def main() -> int:
             launches.append((family, case, launched))
     budget = json.loads(BUDGET.read_text())
     static = static_figures() if arguments.family in (None, "cuda") else {}
-    tables = [
-        f"{family}, {case_table(case, launched, static)}" for family, case, launched in launches
-    ]
+    print("machine code, of every kernel and GPU", flush=True)
+    assemble_all((family, launched) for family, _, launched in launches)
+    for family, case, launched in launches:
+        counted[f"{family} {case}"] |= machine_figures(family, case, launched)
+    tables = [case_table(*launch, static) for launch in launches]
     tables.append(side_by_side(budget["counted"] | counted))
     if static:
         print("\n" + static_table(static))

@@ -15,6 +15,7 @@ from benchmarks.shapes import Shape
 from . import report, static, toolchain
 from .bounds import GPUS, bounds, composition_bytes, compulsory_bytes, ideal, useful_macs
 from .counters import Counters, InstructionCount, Traffic
+from .machine_code import why_no_nvdisasm
 
 needs_compilers = pytest.mark.skipif(
     bool(toolchain.why_no_nvcc() or toolchain.why_no_engine()),
@@ -48,7 +49,7 @@ def test_bounds_by_hand() -> None:
             InstructionCount(3, "ld.shared", "ld.u32.4", 8, nothing, Traffic(8, 16, 8, 1024)),
         )
     )
-    times = bounds(counters, a100, dram_bytes=2039)
+    times = bounds(counters, a100, dram_bytes=2039, issued=counters.issued())
     assert times["tensor"] == pytest.approx(2 * 1000 * 2048 / 312e3)
     assert times["shared"] == pytest.approx((16 + 1024 / 128) / (108 * 1.41))
     assert times["issue"] == pytest.approx(1016 / 4 / (108 * 1.41))
@@ -66,7 +67,7 @@ def test_bounds_of_wgmma_by_hand(a: str, read: int) -> None:
         f"wgmma.mma_async.sync.aligned.m64n40k16.f32.bf16.bf16 {{%r3, %r4}}, {a}, %rd2, %p1, 1, 1;"
     )
     counters = Counters((InstructionCount(1, text, "wgmma", 40, nothing, nothing),))
-    times = bounds(counters, h100, dram_bytes=0)
+    times = bounds(counters, h100, dram_bytes=0, issued=40)
     assert times["tensor"] == pytest.approx(2 * 10 * 64 * 40 * 16 / 989e3)
     assert times["shared"] == pytest.approx(10 * 2 * read / 128 / (132 * 1.83))
 
@@ -133,8 +134,15 @@ def test_only_what_a_gpu_runs_is_its_best() -> None:
     }
     sm_80, sm_90 = ["cuda", "triton sm_80"], ["cuda", "triton sm_90"]
     assert ran == {"A100": sm_80, "H100": sm_90, "RTX 4090": sm_80}
-    case, bounds_of = report.CASES[0], {f"bound / ideal bound {gpu.name}": 2.0 for gpu in GPUS}
-    counted = {f"{name} {case}": bounds_of for name in ("triton sm_80", "triton sm_90")}
+    case = report.CASES[0]
+    counted = {
+        f"{name} {case}": {
+            f"bound of machine code / ideal bound {gpu.name}": 2.0
+            for gpu in GPUS
+            if report.runs_on(name, gpu)
+        }
+        for name in ("triton sm_80", "triton sm_90")
+    }
     rows = report.side_by_side(counted).splitlines()[1 : 1 + len(GPUS)]
     assert [row.split("  ")[-1] for row in rows] == [ran[gpu.name][1] for gpu in GPUS]
 
@@ -188,6 +196,26 @@ def test_no_kernel_spills_on_later_gpus(arch: str) -> None:
 def test_case_is_within_its_budget(case: report.Case) -> None:
     figures = {f"cuda {case}": report.counted_figures(case, report.cuda_family(case))}
     assert report.exceeded(BUDGET, {}, figures) == []
+
+
+@needs_compilers
+@pytest.mark.skipif(bool(why_no_nvdisasm()), reason=str(why_no_nvdisasm()))
+@pytest.mark.parametrize(
+    "case",
+    [  # all others take minutes of ptxas
+        pytest.param(
+            case,
+            id=f"{case.name}-{case.operation}",
+            marks=() if str(case) == "vocals backward_weight" else pytest.mark.slow,
+        )
+        for case in report.CASES
+    ],
+)
+def test_machine_code_is_within_its_budget(case: report.Case) -> None:
+    """As the ptxas of CUDA 13.0 makes it."""
+    figures = report.machine_figures("cuda", case, report.cuda_family(case))
+    assert len(figures) == 2 * len(GPUS)
+    assert report.exceeded(BUDGET, {}, {f"cuda {case}": figures}) == []
 
 
 @needs_compilers

@@ -158,17 +158,25 @@ class Assembler:
     options: tuple[str, ...] = ()
 
 
+def toolkit_assembler() -> Assembler:
+    """The toolkit's own ptxas.
+
+    Raises:
+        CompilerError: if there is no toolkit.
+    """
+    toolkit = find_toolkit()
+    if toolkit is None:
+        raise CompilerError(why_no_nvcc())
+    return Assembler(toolkit.ptxas, toolkit.version)
+
+
 def resources(ptx: str, arch: str, assembler: Assembler | None = None) -> dict[str, Resources]:
     """Resources by kernel of a PTX text, assembled for `arch`; by the toolkit's ptxas by default.
 
     Raises:
         CompilerError: with the words of ptxas, or if there is no toolkit.
     """
-    if assembler is None:
-        toolkit = find_toolkit()
-        if toolkit is None:
-            raise CompilerError(why_no_nvcc())
-        assembler = Assembler(toolkit.ptxas, toolkit.version)
+    assembler = assembler or toolkit_assembler()
     key = digest([assembler.version, *assembler.options, arch, ptx], [])
 
     def assemble(out: Path) -> None:

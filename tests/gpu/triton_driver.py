@@ -21,6 +21,7 @@ from triton.runtime.cache import get_cache_manager
 from d3net_kernels.backends.triton import configs, launch, views
 
 from .counters import Counters
+from .machine_code import machine_instructions
 from .module import Module, load
 from .toolchain import Assembler, Resources, resources
 
@@ -163,6 +164,17 @@ def static_resources(done: Launch, arch: str) -> Resources:
     """What the kernel of a launch needs as Triton has it assembled: its ptxas, its options."""
     (used,) = resources(done.texts["ptx"], _assembled_for(arch), _assembler()).values()
     return used
+
+
+def machine_code(done: Launch) -> Callable[[str], dict[int, int]]:
+    """What becomes of the kernel of a launch, by architecture (machine_code.py)."""
+    ptx = done.texts["ptx"]
+    (name,) = _module(ptx).kernels.values()
+
+    def on(arch: str) -> dict[int, int]:
+        return machine_instructions(ptx, name, _assembled_for(arch), _assembler())
+
+    return on
 
 
 @functools.cache

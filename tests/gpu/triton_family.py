@@ -7,7 +7,7 @@ import torch
 from d3net_kernels.backends.triton import launch
 
 from . import report
-from .triton_driver import Launch, emulated, static_resources
+from .triton_driver import Launch, emulated, machine_code, static_resources
 
 
 def family(arch: str) -> report.Family:
@@ -34,4 +34,6 @@ def family(arch: str) -> report.Family:
 def _launched(done: Launch, arch: str) -> report.Launched:
     assert done.counters is not None
     used = {arch: static_resources(done, arch)}
-    return report.Launched(f"triton {done.name}", 32 * done.warps, done.shared, done.counters, used)
+    sizes = 32 * done.warps, done.shared
+    code = machine_code(done)
+    return report.Launched(f"triton {done.name}", *sizes, done.counters, code, used)

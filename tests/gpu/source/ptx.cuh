@@ -126,6 +126,10 @@ inline void copy_async_16(uint32_t to, const void* from, int bytes = 16) {
     gpu::die("cp.async: address not aligned to 16 bytes");
   gpu::start_copy({emulated::shared_at(to), static_cast<const char*>(from), bytes, 16 - bytes});
 }
+template <int kBytes>
+inline void copy_async_16_at(uint32_t to, const void* from) {
+  copy_async_16(to + kBytes, static_cast<const char*>(from) + kBytes);
+}
 inline void copy_async_8(uint32_t to, const void* from, int bytes) {
   if (to % 8 || reinterpret_cast<uintptr_t>(from) % 8)
     gpu::die("cp.async: address not aligned to 8 bytes");
