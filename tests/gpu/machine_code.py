@@ -49,7 +49,8 @@ def machine_instructions(
     disassembler = find_nvdisasm()
     if disassembler is None:
         raise CompilerError(why_no_nvdisasm())
-    key = digest([assembler.version, *assembler.options, arch, kernel, ptx, __doc__ or ""], [])
+    words = [assembler.version, *assembler.options, arch, kernel, ptx]
+    key = digest(words, [Path(__file__)])
 
     def assemble(out: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
