@@ -41,7 +41,7 @@ def test_block(
 ) -> None:
     """Channels beyond a vector, rows beyond a task of the matrix unit, and what is left of both."""
     block = Block(
-        "", channels=37, growth=19, layers=3, size=(1, 11, 83), dtype=dtype, norm=norm, mode=mode
+        "", channels=37, growth=19, layers=3, size=(2, 5, 67), dtype=dtype, norm=norm, mode=mode
     ).block(generator)
     assert_right(block, ours(block))
 
