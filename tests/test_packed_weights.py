@@ -121,6 +121,31 @@ def test_the_dead_make_room() -> None:
     assert _kept() < full // 4
 
 
+def test_the_unused_give_way_at_the_second_call() -> None:
+    x = torch.randn(1, 24, 4, 6)
+    others = [_block(96) for _ in range(60)]
+    for other in others + others:
+        other(x)
+    full = _kept()
+    block = _block(128)  # larger than what is free beside the others
+    block(x)
+    assert _kept() == full
+    block(x)
+    assert MOST_BYTES >= _kept() != full
+
+
+def test_nothing_gives_way_in_a_network_too_large() -> None:
+    x = torch.randn(1, 24, 4, 6)
+    blocks = [_block(growth) for growth in (96, 112, 128, 144) for _ in range(12)]
+    sizes = []
+    for _ in range(5):
+        for block in blocks:
+            block(x)
+        sizes.append(_kept())
+    # What others had left there is gone by then.
+    assert sizes[2] == sizes[3] == sizes[4] > MOST_BYTES * 3 // 4
+
+
 def test_two_threads_at_once() -> None:
     """Callers that share a block while a third changes another one."""
     block, x = _block(), torch.randn(1, 24, 8, 12)

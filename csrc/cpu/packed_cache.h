@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -32,7 +33,9 @@ class PackedCache {
 
   /// The entry of a key, or null. It stays alive while somebody holds it.
   std::shared_ptr<Entry> find(const Key& key);
-  /// Memory for a new entry, or null where there is no room.
+  /// Memory for a new entry, or null where there is no room. Entries that nobody asked for since
+  /// the key was last refused give way; of a network too large for the cache all others are asked
+  /// for in between, so that none is thrown out only to be made again.
   std::shared_ptr<Entry> make(const Key& key, size_t weight_bytes, size_t packed_bytes);
   /// Hands over an entry that make() gave, filled, if there is still room; it replaces an older one
   /// of its key.
@@ -42,9 +45,11 @@ class PackedCache {
 
  private:
   size_t held() const;
+  bool make_room(const Key& key, size_t bytes);
 
   std::mutex mutex_;
   std::vector<std::shared_ptr<Entry>> entries_;
+  std::vector<std::pair<Key, uint64_t>> refused_;  // and when
   uint64_t clock_ = 0;
 };
 

@@ -180,10 +180,9 @@ inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] s
 class Pages {
  public:
   Pages() = default;
-  explicit Pages(size_t bytes) {
+  explicit Pages(size_t bytes) : size_(size_for(bytes)) {
 #if defined(__linux__)
-    const size_t unit = bytes < kLargePage / 2 ? kPage : kLargePage;
-    size_ = (bytes + 2 * unit - 1) / unit * unit;  // and room to align
+    const size_t unit = unit_of(bytes);
     void* mapped = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) throw std::bad_alloc();
     mapped_ = mapped;
@@ -191,9 +190,17 @@ class Pages {
         reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(mapped_) + unit - 1) / unit * unit);
     advise_large_pages(data_, size_ - unit);
 #else
-    size_ = (bytes + kPage - 1) / kPage * kPage;
     data_ = mapped_ = std::aligned_alloc(kPage, size_);
     if (!data_) throw std::bad_alloc();
+#endif
+  }
+  /// What so many bytes take with the room to align them.
+  static size_t size_for(size_t bytes) {
+    const size_t unit = unit_of(bytes);
+#if defined(__linux__)
+    return (bytes + 2 * unit - 1) / unit * unit;
+#else
+    return (bytes + unit - 1) / unit * unit;
 #endif
   }
   Pages(Pages&& other) noexcept { swap(other); }
@@ -213,6 +220,12 @@ class Pages {
   size_t size() const { return size_; }
 
  private:
+  static size_t unit_of([[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+    if (bytes >= kLargePage / 2) return kLargePage;
+#endif
+    return kPage;
+  }
   void swap(Pages& other) {
     std::swap(data_, other.data_);
     std::swap(mapped_, other.mapped_);
