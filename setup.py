@@ -26,7 +26,7 @@ from extension import SWITCH, CudaUnavailableError, cuda_extension  # noqa: E402
 REQUIRED = os.environ.get("D3NET_KERNELS_REQUIRE_BINARY") == "1"
 ADVICE = (
     "for the compiled one install a C++20 compiler, torch>=2.10 and setuptools, then run: "
-    "pip install --no-build-isolation --force-reinstall --no-deps ."
+    "pip install --no-build-isolation --no-deps --editable ."
 )
 OLDEST_TORCH = (2, 10)
 BYTES_PER_JOB = 3 * 2**29  # what one compiler may take: torch headers and unrolled kernels

@@ -29,6 +29,7 @@ from benchmarks.records import (
     add_output_options,
     beside,
     conditions,
+    parsed,
     read_conditions,
     shown,
     stem_of,
@@ -63,7 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--report", action="store_true", help="with --resume: measure nothing")
     add_output_options(parser)
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     if options.report and options.resume is None:
         parser.error("--report needs the table to report on: --resume TABLE.csv")
     if options.resume is not None and options.save is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.block_forms import precision
-from benchmarks.records import add_output_options, beside, shown, stem_of, write_notes
+from benchmarks.records import add_output_options, beside, parsed, shown, stem_of, write_notes
 from benchmarks.timing import threads
 from d3net.demo.plain import PlainD2Block
 from d3net.demo.separator import SmallSeparator
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--threads", type=int, default=1, metavar="N", help="default 1: the network is small"
     )
     add_output_options(parser)
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     stem = stem_of("curves", options)
     with threads(options.threads):
         losses = train(options.steps, options.seed)

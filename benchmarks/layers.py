@@ -22,6 +22,7 @@ from benchmarks.forms import LAYOUTS, OURS, candidates
 from benchmarks.records import (
     add_output_options,
     beside,
+    parsed,
     ratio_line,
     shown,
     stem_of,
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds at least")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch")
     add_output_options(parser)
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     shapes = [shape for shape in load_shapes() if options.match in str(shape)]

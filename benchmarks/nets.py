@@ -37,6 +37,7 @@ from benchmarks.records import (
     add_output_options,
     beside,
     conditions,
+    parsed,
     shown,
     stem_of,
     verdict_lines,
@@ -241,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="default 4")
     add_output_options(parser)
     parser.add_argument("--task", help=argparse.SUPPRESS)  # of memory_apart
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     if options.task is not None:
         fields = json.loads(options.task)
         task = Task(**{**fields, "input_shape": tuple(fields["input_shape"])})

@@ -33,6 +33,14 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a run; an error where there are no kernels, for ours would be plain torch."""
+    options = parser.parse_args(arguments)
+    if _binary.missing is not None:
+        parser.error(_binary.missing)
+    return options
+
+
 def stem_of(kind: str, options: argparse.Namespace) -> Path:
     """The files of this run without their endings; the folder is made."""
     name = options.save or time.strftime("%Y%m%d-%H%M%S")

@@ -24,6 +24,7 @@ from benchmarks.records import (
     beside,
     conditions,
     geometric_mean,
+    parsed,
     shown,
     stem_of,
     verdict_lines,
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="blocks with TEXT in their name")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
     add_output_options(parser)
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     everything = torch.get_num_threads()
     if everything == 1:
         parser.error("torch has one thread here: nothing to compare")

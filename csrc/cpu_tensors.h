@@ -46,7 +46,7 @@ class Coefficients {
  private:
   template <class T, class A>
   static void convert(const Tensor& t, std::vector<A>& to) {
-    const T* from = static_cast<const T*>(t.data_ptr());
+    const T* from = static_cast<const T*>(data_of(t));
     to.resize(static_cast<size_t>(t.size(0)));
     for (size_t i = 0; i < to.size(); ++i)
       to[i] = static_cast<A>(from[static_cast<int64_t>(i) * t.stride(0)]);
@@ -54,7 +54,7 @@ class Coefficients {
   template <class A>
   static const void* in(DType wanted, const Tensor& t, std::vector<A>& copy) {
     const DType dtype = dtype_of(t);
-    if (dtype == wanted && t.stride(0) == 1) return t.data_ptr();
+    if (dtype == wanted && t.stride(0) == 1) return data_of(t);
     switch (dtype) {
       case DType::float32: convert<float>(t, copy); break;
       case DType::float64: convert<double>(t, copy); break;

@@ -38,12 +38,20 @@ inline ScalarType statistics_type(DType dtype) {
   return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
+/// Where the numbers of a tensor lie. Its storage may have been freed under it.
+inline void* data_of(const Tensor& t) {
+  void* data = t.data_ptr();
+  STD_TORCH_CHECK(data || t.numel() == 0,
+                  "d3net_kernels: a tensor has no memory, its storage was freed");
+  return data;
+}
+
 inline View view_of(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  return {data_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
 inline Weight weight_of(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  return {data_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
 /// d3net_kernels/_layout.py holds the same rule for the fake kernels.

@@ -14,7 +14,10 @@ class CommandError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 1 where it could not do its work; 2 is argparse's own."""
+    """Run one command.
+
+    Returns 0, 1 where it could not do its work, or 130 where it was interrupted; 2 is argparse's.
+    """
     parser = argparse.ArgumentParser(prog="d3net", description="D3Net on fused kernels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_demo(commands)
@@ -26,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"d3net {options.command}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nd3net {options.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -56,7 +62,7 @@ def demo(options: argparse.Namespace) -> None:
     with command_errors(extra="demo"):
         from d3net.demo import run_demo
 
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder("--out", options.out)
         with d3net_kernels.use_backend("cpu"):
             report = run_demo(options.out, options.steps, options.seed)
     print(report.table())
@@ -69,7 +75,7 @@ def add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "models",
         help="list the networks with their sizes",
         description="Lists every network with its trainable parameters, and its "
-        "multiply-accumulates for one input of the given shape.",
+        "multiply-accumulates for one input of the shape in its row.",
     )
     parser.set_defaults(run=models)
 
@@ -125,6 +131,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} given, expected a whole number from 1 on")
     return value
+
+
+def make_folder(option: str, path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(
+            f"{option} is {path}: no folder can be made there ({error.strerror})"
+        ) from error
 
 
 def folder(text: str) -> Path:

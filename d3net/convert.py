@@ -47,8 +47,8 @@ def convert(source: str | Path, target: str | Path, name: str | None = None) -> 
         save_nnabla_h5(target, model)
     else:
         raise ValueError(
-            f"{endings[0] or 'no ending'} to {endings[1] or 'no ending'} is no conversion; "
-            "accepted are .h5 to .safetensors and .safetensors to .h5"
+            f"source is {source} and target {target}; accepted are an .h5 file to read and a "
+            ".safetensors file to write, or the reverse"
         )
     return name
 

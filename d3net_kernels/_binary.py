@@ -17,7 +17,7 @@ OLDEST_TORCH = (2, 10)
 _HOW_TO_BUILD = (
     "in the source tree, with torch and a C++20 compiler there, run: "
     "pip install 'setuptools>=77' ninja && "
-    "pip install --no-build-isolation --force-reinstall --no-deps ."
+    "pip install --no-build-isolation --no-deps --editable ."
 )
 
 _warned: set[str] = set()

@@ -79,6 +79,7 @@ def d2_block(
         if not (batch_statistics or torch.is_grad_enabled()):
             block_handle.leave(parts, params, norm, out_layers)
         return block_node.d2_block(parts, params, norm, out_layers)
+    checks.block_params(params, sum(part.shape[1] for part in parts), norm)
     return block_layers.d2_block(parts, _cast(params, parts[0].dtype), norm, out_layers, group)
 
 

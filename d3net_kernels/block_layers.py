@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checks
 from ._layout import dtype_for
 from .block_params import ConvParams, D2Params, Norm, NormParams
 from .functional import multidilated_conv2d, multidilated_conv2d_with_moments
@@ -30,8 +29,6 @@ def d2_block(
     their batch statistics, None for this one alone. For its statistics x_0 is read; a layer's
     output is made together with them.
     """
-    for i, n in enumerate(params.norms):
-        checks.running_statistics(i, n)
     if group is not None:  # one all-reduce per source
         parts = [torch.cat(list(parts), 1)]
     growth = params.convs[-1].weight.shape[0]

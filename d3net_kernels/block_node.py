@@ -41,6 +41,8 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
     if not x.is_cpu or x.numel() == 0 or cpu.why_not(()) is not None:
         return False
     convs, norms = params.convs, params.norms
+    if not all(isinstance(conv.weight, Tensor) for conv in convs):
+        return False
     layers, dtype = len(convs), convs[0].weight.dtype
     if dtype not in (x.dtype, dtype_for(x)):  # autocast casts x alone
         return False
@@ -74,8 +76,8 @@ def serves(parts: Sequence[Tensor], params: D2Params, norm: Norm) -> bool:
     return True
 
 
-def _on_cpu(vector: Tensor, channels: int) -> bool:
-    return vector.is_cpu and vector.shape == (channels,)
+def _on_cpu(vector: Tensor | None, channels: int) -> bool:
+    return vector is not None and vector.is_cpu and vector.shape == (channels,)
 
 
 def serves_parts(parts: Sequence[Tensor]) -> bool:

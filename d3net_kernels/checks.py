@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._layout import autocast_dtype_for
-from .block_params import NormParams, Processes
+from .block_params import D2Params, Norm, NormParams, Processes
 
 Dilations: TypeAlias = Sequence[int | tuple[int, int]]
 
@@ -153,6 +153,9 @@ def block_input(
         only: Any = x
         _source("x", only)
         parts, channels = [only], only.shape[1]
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        given = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"the weight for x is {given}; accepted is a tensor (K, C, kh, kw)")
     if channels != weight.shape[1]:
         raise ValueError(
             f"x has {channels} channels, but the weights were made for {weight.shape[1]}"
@@ -168,6 +171,56 @@ def block_input(
             "channel (use eval() or larger maps)"
         )
     return parts, group
+
+
+def block_params(params: D2Params, channels: int, norm: Norm) -> None:
+    """Check that the parameters of a D2 block fit an input of so many channels, and each other."""
+    convs, norms = params.convs, params.norms
+    if len(norms) != len(convs):
+        raise ValueError(
+            f"params has {len(convs)} convs and {len(norms)} norms; accepted are equally many"
+        )
+    first, last = convs[0].weight, convs[-1].weight
+    _tensor("params.convs[-1].weight", last)
+    growth, _, *kernel = last.shape
+    normed = 0
+    for i, (conv, n) in enumerate(zip(convs, norms, strict=True)):
+        slots, width = growth * (len(convs) - i), growth if i else channels
+        normed = normed + width if norm == "per_layer" else width
+        _shaped(f"params.convs[{i}].weight", conv.weight, (slots, width, *kernel))
+        _same_place(f"params.convs[{i}].weight", conv.weight, first, "params.convs[0].weight")
+        if conv.bias is not None:
+            _shaped(f"params.convs[{i}].bias", conv.bias, (slots,))
+            _same_place(f"params.convs[{i}].bias", conv.bias, first, "params.convs[0].weight")
+        _running_statistics(i, n)
+        for name, t in zip(NormParams._fields[:4], n, strict=False):
+            if t is not None or name in ("weight", "bias"):
+                _shaped(f"params.norms[{i}].{name}", t, (normed,))
+
+
+def _shaped(name: str, t: Any, shape: tuple[int, ...]) -> None:
+    _tensor(name, t)
+    if t.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}; accepted is {shape}")
+
+
+def unchanged_convolution(conv: nn.Module, dilation: int = 1) -> None:
+    """Check that `conv`, of which the parameters alone are read, still stands for what is done."""
+    if not isinstance(conv, nn.Conv2d):
+        return
+    padding = tuple(side // 2 * dilation for side in conv.kernel_size)
+    if (
+        conv.stride not in ((1, 1), 1)
+        or conv.dilation not in ((dilation, dilation), dilation)
+        or conv.padding not in (padding, padding[0], "same")
+        or conv.groups != 1
+        or conv.padding_mode != "zeros"
+    ):
+        raise ValueError(
+            f"a convolution of this module became {conv}; accepted are stride 1, dilation "
+            f"{dilation}, padding {padding} with zeros and one group (it holds parameters, and "
+            "is not called)"
+        )
 
 
 def norm_conv(weight: Tensor, norm: Sequence[Tensor]) -> None:
@@ -211,7 +264,7 @@ def _group_of_several(processes: Processes) -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def running_statistics(index: int, norm: NormParams) -> None:
+def _running_statistics(index: int, norm: NormParams) -> None:
     """Both or neither."""
     if (norm.running_mean is None) != (norm.running_var is None):
         given = "running_mean" if norm.running_var is None else "running_var"

@@ -240,7 +240,8 @@ class NormConv2d(nn.Module):
         """(N, C, H, W), or a list of its parts, to (N, K, H, W).
 
         Raises:
-            TypeError, ValueError: x is of the wrong kind or has other channels than C.
+            TypeError, ValueError: x is of the wrong kind or has other channels than C, or `conv`
+                has got a stride, a dilation or another padding.
         """
         return norm_then_conv(x, self.norm, self.conv, relu=self.relu)
 
@@ -259,6 +260,7 @@ def norm_then_conv(
         y = norm(reference.concatenated(x))
         out: Tensor = conv(y.relu() if relu else y)
         return out
+    checks.unchanged_convolution(conv)
     conv_params, norm_params = _conv_params(conv), _norm_params(norm)
     if norm_params.use_batch_statistics:
         # Before the norm counts the batch.
@@ -297,9 +299,11 @@ class _RecentParams:
         """All that the parameters are made of; nothing where it is made anew at each access."""
         held: list[Any] = []
         try:
+            conv: Any
             for conv in convs:
                 own = conv._parameters
                 held += own["weight"], own["bias"]
+                held += conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
             for norm in norms:
                 own, buffers = norm._parameters, norm._buffers
                 held += own["weight"], own["bias"], buffers["running_mean"], buffers["running_var"]
@@ -310,6 +314,8 @@ class _RecentParams:
 
 
 def _params_of(convs: nn.ModuleList, norms: nn.ModuleList) -> D2Params:
+    for i, conv in enumerate(convs):
+        checks.unchanged_convolution(conv, 1 << i)
     return D2Params([_conv_params(conv) for conv in convs], [_norm_params(norm) for norm in norms])
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib", reason="pip install 'd3net-kernels[bench]'")
 
 import d3net
 import d3net_kernels as dk
-from benchmarks import blocks, curves, nets, records, threads, timing
+from benchmarks import blocks, curves, layers, nets, records, threads, timing
 from benchmarks.block_forms import BlockShape, computed_by, forms_of, load_blocks
 from benchmarks.block_race import Race, append_csv, entrants, read_csv
 from benchmarks.block_report import SELECTED, targets
@@ -278,6 +278,16 @@ def test_bad_arguments_of_blocks(
     with pytest.raises(SystemExit):
         blocks.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_benchmarks_need_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(records._binary, "missing", "there is no compiled binary")
+    for main in (blocks.main, curves.main, layers.main, nets.main, threads.main):
+        with pytest.raises(SystemExit):
+            main([])
+        assert "error: there is no compiled binary" in capsys.readouterr().err
 
 
 def test_benchmarks_saved_under_one_name_keep_apart(

@@ -313,7 +313,7 @@ def test_convert(official_bass: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{bass}", "a.pt"], ".h5 to .pt is no conversion"),
+        (["{bass}", "a.pt"], "target a.pt; accepted are an .h5 file to read and"),
         (["none.h5", "a.safetensors"], "there is no file none.h5"),
         (["none.safetensors", "a.h5"], "none.safetensors is missing"),
         (["{bass}", "a.safetensors", "--model", "d3net_drums"], "nothing of this model"),

@@ -134,6 +134,28 @@ def test_missing_clip_names_the_extra(
     assert "pip install 'd3net-kernels[demo]'" in capsys.readouterr().err
 
 
+def test_an_interrupted_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("d3net.demo.run_demo", interrupted)
+    monkeypatch.setattr("d3net_kernels.why_not", lambda backend: None)
+    monkeypatch.setattr("d3net_kernels.use_backend", lambda name: torch.enable_grad())
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nd3net demo: interrupted\n"
+
+
+def test_an_output_folder_that_cannot_be_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("d3net_kernels.why_not", lambda backend: None)
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 1
+    assert "no folder can be made there (File exists)" in capsys.readouterr().err
+
+
 def test_missing_kernels_are_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

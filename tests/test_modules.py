@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +283,91 @@ def test_meta_tensors_have_shapes_only(norm: str) -> None:
     conv = dk.MultidilatedConv2d([3, 2], 4, device="meta")
     out = conv([torch.empty(1, c, 6, 5, device="meta") for c in (3, 2)])
     assert out.shape == (1, 4, 6, 5)
+
+
+def _stride(conv: nn.Conv2d) -> None:
+    conv.stride = (2, 2)
+
+
+def _dilation(conv: nn.Conv2d) -> None:
+    conv.dilation = conv.padding = (3, 3)
+
+
+def _padding_mode(conv: nn.Conv2d) -> None:
+    conv.padding_mode = "reflect"
+
+
+@pytest.mark.parametrize("change", [_stride, _dilation, _padding_mode])
+@pytest.mark.parametrize("train", [True, False])
+def test_convolutions_that_became_others_are_refused(
+    change: Callable[[nn.Conv2d], None], train: bool
+) -> None:
+    """They are never called, so that what they became would not be seen."""
+    x = torch.randn(2, 6, 7, 8)
+    for module in (dk.D2Block(6, 4, 3), dk.NormConv2d(6, 4, 3)):
+        module.train(train)
+        with torch.set_grad_enabled(train):
+            module(x), module(x)
+            change(module.conv if isinstance(module, dk.NormConv2d) else module.convs[1])
+            before = copy.deepcopy(module.state_dict())
+            with pytest.raises(ValueError, match="a convolution of this module became Conv2d"):
+                module(x)
+        assert all(map(torch.equal, before.values(), module.state_dict().values()))
+
+
+BAD_PARAMETERS: dict[str, tuple[str, Tensor | None, type[Exception], str]] = {
+    "outputs": (
+        "convs.0.weight",
+        torch.randn(3, 6, 3, 3),
+        ValueError,
+        r"convs\[0\].weight has shape \(3, 6, 3, 3\); accepted is \(12, 6, 3, 3\)",
+    ),
+    "kernel": ("convs.1.weight", torch.randn(8, 4, 1, 1), ValueError, r"is \(8, 4, 3, 3\)"),
+    "bias": ("convs.1.bias", torch.randn(3), ValueError, r"convs\[1\].bias has shape \(3,\)"),
+    "dtype": (
+        "convs.1.weight",
+        torch.randn(8, 4, 3, 3, dtype=torch.float64),
+        TypeError,
+        r"convs\[1\].weight has dtype torch.float64 and params.convs\[0\].weight torch.float32",
+    ),
+    "norm": ("norms.1.weight", torch.randn(5), ValueError, r"norms\[1\].weight has shape \(5,\)"),
+    "mean": ("norms.1.running_mean", torch.randn(3), ValueError, r"norms\[1\].running_mean has"),
+    "no first weight": ("convs.0.weight", None, TypeError, "the weight for x is NoneType"),
+    "no weight": ("convs.1.weight", None, TypeError, r"convs\[1\].weight is of type NoneType"),
+    "no last one": ("convs.2.weight", None, TypeError, r"convs\[-1\].weight is of type NoneType"),
+    "no norm": ("norms.1.weight", None, TypeError, r"norms\[1\].weight is of type NoneType"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PARAMETERS)
+@pytest.mark.parametrize("train", [True, False])
+def test_parameters_that_do_not_fit_are_named(what: str, train: bool) -> None:
+    name, value, error, words = BAD_PARAMETERS[what]
+    block = dk.D2Block(6, 4, 3).train(train)
+    x = torch.randn(2, 6, 7, 8)
+    for calls in range(2):
+        if calls:
+            with torch.no_grad():
+                block(x), block(x)
+        owner = block.get_submodule(name.rpartition(".")[0])
+        own = name.rpartition(".")[2]
+        if value is not None and own not in owner._buffers:
+            setattr(owner, own, nn.Parameter(value))
+        else:
+            setattr(owner, own, value)
+        with torch.set_grad_enabled(train), pytest.raises(error, match=words):
+            block(x)
+        block = dk.D2Block(6, 4, 3).train(train)
+
+
+@pytest.mark.skipif(dk.why_not("cpu") is not None, reason=f"no cpu backend: {dk.why_not('cpu')}")
+@pytest.mark.parametrize("name", ["convs.1.weight", "convs.0.bias", "norms.0.weight"])
+def test_freed_parameters_are_refused(name: str) -> None:
+    """As those of torch's own modules are, whose operators read no memory that is not there."""
+    block, x = dk.D2Block(6, 4, 3).eval(), torch.randn(1, 6, 7, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            block(x)
+        block.get_parameter(name).untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="its storage was freed"):
+            block(x)

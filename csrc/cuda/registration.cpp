@@ -16,7 +16,7 @@ Vector vector_of(const MaybeTensor& t, int64_t size, const Tensor& like) {
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size && t->device() == like.device(),
                   "multidilated_conv2d: bias, scale and shift must have one element a channel and "
                   "the sources' device");
-  return {t->data_ptr(), t->stride(0), dtype_of(*t)};
+  return {data_of(*t), t->stride(0), dtype_of(*t)};
 }
 
 Coefficients coefficients_of(const Problem& p, const Tensor& like, const MaybeTensor& scale,
