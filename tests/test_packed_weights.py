@@ -39,6 +39,22 @@ def test_the_same_bits_with_and_without() -> None:
     assert torch.equal(trains, packs)
 
 
+def test_weights_in_channels_last() -> None:
+    """As `model.to(memory_format=torch.channels_last)` makes them, in the same memory or not."""
+    block, x = _block(), torch.randn(1, 24, 8, 12)
+    contiguous = block(x)
+    block.to(memory_format=torch.channels_last)
+    before = _kept()
+    for _ in range(2):
+        assert torch.equal(block(x), contiguous)
+        assert _kept() > before
+    memory = block.convs[0].weight.permute(0, 2, 3, 1)  # contiguous
+    block.convs[0].weight.set_(memory.reshape(block.convs[0].weight.shape))
+    with dk.use_backend("reference"):
+        expected = block(x)
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("how", ["bfloat16", "medium"])
 def test_another_split_of_the_input(how: str) -> None:
     """Pairs of channels end with a part: other parts, other packed weights."""

@@ -82,14 +82,22 @@ class PackedWeights {
     double packing = 0, all = 0;
     for (const Pass& pass : passes_) {
       const PassShape& s = pass.shape;
-      const Weight& w = pass.weight;
-      if (w.stride_w != 1 || w.stride_h != s.kernel_w || w.stride_c != s.kernel_h * s.kernel_w ||
-          w.stride_k != s.in_channels * w.stride_c)
-        return false;
+      if (!lie_densely(pass)) return false;
       packing += packing_cost(s, pass.plan.algorithm, machine);
       all += pass_cost(s, pass.plan, machine);
     }
     return packing > all / 16;
+  }
+
+  /// One output's after the other's, either contiguous or channels_last.
+  static bool lie_densely(const Pass& pass) {
+    const PassShape& s = pass.shape;
+    const Weight& w = pass.weight;
+    const int64_t taps = s.kernel_h * s.kernel_w;
+    const bool contiguous = w.stride_c == taps && w.stride_h == s.kernel_w && w.stride_w == 1;
+    const bool channels_last =
+        w.stride_c == 1 && w.stride_h == s.kernel_w * s.in_channels && w.stride_w == s.in_channels;
+    return w.stride_k == s.in_channels * taps && (contiguous || channels_last);
   }
 
   int64_t bytes_of(const Pass& pass) const {
@@ -105,13 +113,13 @@ class PackedWeights {
     const Pass& first = passes_.front();
     PackedCache::Key key{D3NET_VECTOR_BYTES, first.packing().bytes_of_one(),
                          first.packing().are_bfloat16(), sizeof(A)};
-    key.reserve(key.size() + 10 * passes_.size());
+    key.reserve(key.size() + 11 * passes_.size());
     for (const Pass& pass : passes_)
       for (const int64_t part :
-           {reinterpret_cast<int64_t>(pass.weight.data), pass.shape.in_channels,
-            pass.shape.out_channels, pass.shape.kernel_h, pass.shape.kernel_w,
-            static_cast<int64_t>(pass.plan.algorithm), int64_t{pass.plan.pairs},
-            int64_t{pass.plan.amx}, pass.plan.shares, pass.output.lead()})
+           {reinterpret_cast<int64_t>(pass.weight.data), pass.weight.stride_c,
+            pass.shape.in_channels, pass.shape.out_channels, pass.shape.kernel_h,
+            pass.shape.kernel_w, static_cast<int64_t>(pass.plan.algorithm),
+            int64_t{pass.plan.pairs}, int64_t{pass.plan.amx}, pass.plan.shares, pass.output.lead()})
         key.push_back(part);
     for (const Pass& pass : passes_)
       if (pass.plan.pairs)  // they end with a part
