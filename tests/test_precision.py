@@ -150,13 +150,22 @@ def test_high_on_cpus(generator: torch.Generator) -> None:
 
 @pytest.mark.skipif(dk.why_not("cpu") is not None, reason="no compiled kernels")
 def test_medium_on_cpus(generator: torch.Generator) -> None:
-    """No further from the truth than plain torch on numbers rounded to bfloat16."""
+    """No further from the truth than exact arithmetic from bfloat16 numbers to bfloat16 numbers.
+
+    Not than plain torch in bfloat16: its gradient of the weight has been NaN, once.
+    """
+
+    def rounded(t: Tensor) -> Tensor:
+        return t.bfloat16().double()
+
     problem = LAYER.problem(generator)
     truth = numerics.results_of(reference.multidilated_conv2d, problem.map(Tensor.double))
-    rounded = numerics.results_of(reference.multidilated_conv2d, problem.map(Tensor.bfloat16))
+    coarse = numerics.results_of(reference.multidilated_conv2d, problem.map(rounded))
     with switched(torch.backends.mkldnn.conv, "bf16"):
         results = numerics.results_of(dk.multidilated_conv2d, problem)
     for name, result in results.items():
         assert result.dtype == torch.float32
-        found, allowed = ((t.double() - truth[name]).norm() for t in (result, rounded[name]))
+        found, allowed = (
+            (t.double() - truth[name]).norm() for t in (result, rounded(coarse[name]))
+        )
         assert found <= allowed, name
